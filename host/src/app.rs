@@ -126,6 +126,9 @@ impl Node {
         // At most one control plane has a sign-in service.
         let health_checks = built.iter_mut().find_map(|plane| plane.health_checks.take());
         let health_checks = health_checks.unwrap_or_else(|| Arc::new(NoRegistration));
+        let (stale, stuck) = (Arc::clone(&plugins), Arc::clone(&plugins));
+        let (stale, stuck) =
+            (Live(Arc::new(move || stale.stale_calls())), Live(Arc::new(move || stuck.stuck_runners())));
         let listed = Arc::clone(&plugins);
         let listings = Listings(Arc::new(move || serde_json::to_value(listed.listings()).unwrap_or_default()));
         let budget = storage.domain.budget.clone();
@@ -135,8 +138,8 @@ impl Node {
                 shown.state.node = plane.source.facts().node.to_string();
                 shown.state.registration_form = plane.registration_form;
             }
-            status.stale_calls = Live(Plugins::stale_calls);
-            status.stuck_runners = Live(Plugins::stuck_runners);
+            status.stale_calls = stale;
+            status.stuck_runners = stuck;
             status.memory = budget;
         });
         #[cfg(unix)]

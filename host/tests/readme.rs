@@ -12,16 +12,14 @@ use std::{
 use runner_host::{cli::Exit, config::KEYS};
 
 /// Documents with commands in them.
-const DOCUMENTS: [&str; 17] = [
+const DOCUMENTS: [&str; 15] = [
     "README.md",
     "CONTRIBUTING.md",
     "ARCHITECTURE.md",
     "plugins.toml",
     "runner-sdk/README.md",
     "docs/features.md",
-    "docs/jobs.md",
     "docs/performance.md",
-    "docs/porting.md",
     "docs/protocols/posemesh.md",
     "docs/operations/README.md",
     "docs/operations/configuration.md",

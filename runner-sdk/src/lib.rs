@@ -2,6 +2,8 @@
 
 pub mod abi;
 mod author;
+#[doc(hidden)]
+pub mod host_calls;
 mod shim;
 pub mod testing;
 
@@ -10,7 +12,7 @@ pub use author::{
     InputReader, InputSource, LeaseEnvelope, MaterializedInput, PortError, PortErrorKind, Runner, TaskCtx, TaskSpec,
     Usage,
 };
-pub use shim::{Spawned, spawn, spawn_blocking};
+pub use shim::spawn_blocking;
 
 /// Name of this crate.
 pub const CRATE_NAME: &str = env!("CARGO_PKG_NAME");
@@ -30,10 +32,11 @@ pub mod __private {
     pub use abi_stable::library::{__call_root_module_loader as call_root_module_loader, LibHeader, RootModuleResult};
 
     pub use crate::{
-        abi::{ModuleRef, proof::header},
-        shim::{ManifestKeys, Registration, checked, from_config, from_default, manifest, manifest_len, module},
+        abi::{ABI_TEXT, ModuleTable, proof::header},
+        shim::{
+            ManifestKeys, Registration, checked, described, from_config, from_default, manifest, manifest_len, module,
+        },
     };
 
     pub const SDK_VERSION: &str = env!("CARGO_PKG_VERSION");
-    pub const ABI_TEXT: &str = "1.2";
 }

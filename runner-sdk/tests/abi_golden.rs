@@ -1,4 +1,4 @@
-//! Compares the ABI of version 1 in three places: the Rust tables, `runner.h` as the C compiler sees it, and a
+//! Compares the ABI of major version 2 in three places: the Rust tables, `runner.h` as the C compiler sees it, and a
 //! committed text.
 //!
 //! A changed line breaks every released plugin: entries are only appended. To append one, add it to the lists below
@@ -14,9 +14,12 @@ use std::{
 };
 
 use abi_stable::prefix_type::PrefixTypeTrait as _;
-use runner_sdk::abi::{self, Bytes, Callback, Host, Module, Status, Str, Table, Task};
+use runner_sdk::abi::{
+    self, Bytes, Callback, CreateRequest, End, Host, HostWord, Instance, Module, ModuleTable, StartRequest, Status,
+    Str, Table, Task,
+};
 
-const GOLDEN: &str = include_str!("abi_v1.golden");
+const GOLDEN: &str = include_str!("abi_v2.golden");
 
 /// Both sides of the comparison: `rust` is the text of this crate, `c` the statements that print it from `runner.h`.
 #[derive(Default)]
@@ -44,22 +47,27 @@ macro_rules! values {
 }
 
 macro_rules! table {
-    ($facts:ident, $rust:ident as $c:literal, $mask:expr, $c_mask:literal { $($field:ident),* }) => {
-        values!($facts, Table<$rust> as $c { present, reserved });
-        let offsets = [$(offset_of!(Table<$rust>, entries) + offset_of!($rust, $field)),*];
+    (
+        $facts:ident, $rust:ident at $start:expr, $c:literal, $mask:expr, $c_mask:literal { $($field:ident),* }
+    ) => {
+        let offsets = [$($start + offset_of!(Table<$rust>, entries) + offset_of!($rust, $field)),*];
         assert!(offsets.is_sorted(), "entries are numbered in memory order");
         let names = [$(stringify!($field)),*];
         for (bit, (name, offset)) in names.into_iter().zip(offsets).enumerate() {
             $facts.add(&format!("{}.{name} bit {bit} offset", $c), offset, &format!("offsetof({}, {name})", $c));
+            if $c == "runner_host" {
+                let index = format!("RUNNER_HOST_{}", name.to_uppercase());
+                $facts.add(&index, bit, &index);
+            }
         }
         assert_eq!(u64::MAX >> (64 - names.len()), $mask, "the mask has one bit per entry");
         $facts.add($c_mask, $mask, $c_mask);
     };
 }
 
-macro_rules! statuses {
-    ($facts:ident { $($name:ident),* }) => {
-        $($facts.add(concat!("RUNNER_", stringify!($name)), Status::$name.0, concat!("RUNNER_", stringify!($name)));)*
+macro_rules! numbers {
+    ($facts:ident, $rust:ident as $prefix:literal { $($name:ident),* }) => {
+        $($facts.add(concat!($prefix, stringify!($name)), $rust::$name.0, concat!($prefix, stringify!($name)));)*
     };
 }
 
@@ -72,18 +80,23 @@ fn facts() -> Facts {
     values!(facts, Str as "runner_str" { ptr, len });
     values!(facts, Bytes as "runner_bytes" { ptr, len, owner, release });
     values!(facts, Task as "runner_task" {});
+    values!(facts, HostWord as "runner_host_word" {});
+    values!(facts, Instance as "runner_instance" {});
     values!(facts, Status as "runner_status" {});
+    values!(facts, End as "runner_end" {});
     values!(facts, Callback as "runner_callback" {});
-    statuses!(facts {
+    values!(facts, CreateRequest as "runner_create_request" {
+        size, abi, log_level, capabilities_len, capabilities, name, config
+    });
+    values!(facts, StartRequest as "runner_start_request" {
+        size, inputs_len, inputs, capability, dir, task_id, traceparent, lease
+    });
+    numbers!(facts, End as "RUNNER_END_" { OK, FAILED, RETRYABLE, CANCELLED, INVALID_INPUT, PANICKED, STORAGE });
+    numbers!(facts, Status as "RUNNER_" {
         OK,
-        FAILED,
-        RETRYABLE,
-        CANCELLED,
-        INVALID_INPUT,
+        OTHER,
         UNSUPPORTED,
         STALE,
-        PANICKED,
-        STORAGE,
         NOT_FOUND,
         BAD_REQUEST,
         INVALID_PATH,
@@ -96,16 +109,19 @@ fn facts() -> Facts {
         LOCAL,
         LIMIT,
         SETUP,
-        OTHER
+        PANICKED
     });
-    table!(facts, Host as "runner_host", abi::HOST_MASK, "RUNNER_HOST_MASK" {
-        abi, log_level, log, progress, event, cancelled, cancel_reason, token, input_open, input_read, input_close,
-        input_file, output_open, output_write, output_finish, output_abort, output_file, complete, task_dir,
-        usage
+    facts.add("RUNNER_INPUT_KEEP", abi::INPUT_KEEP, "RUNNER_INPUT_KEEP");
+    values!(facts, Table<Host> as "runner_host" { present, reserved });
+    table!(facts, Host at 0, "runner_host", abi::HOST_MASK, "RUNNER_HOST_MASK" {
+        log, cancelled, complete, progress, event, usage, cancel_reason, token, task_dir, input_open, input_read,
+        input_close, input_file, output_open, output_write, output_finish, output_abort, output_file
     });
-    table!(facts, Module as "runner_module", abi::MODULE_MASK, "RUNNER_MODULE_MASK" {
-        magic, abi, init, start, cancel, shutdown
+    values!(facts, ModuleTable as "runner_module" { magic, abi });
+    table!(facts, Module at offset_of!(ModuleTable, table), "runner_module", abi::MODULE_MASK, "RUNNER_MODULE_MASK" {
+        create, start, cancel, shutdown, log_level
     });
+    facts.add("RUNNER_MODULE_NEEDED", abi::MODULE_NEEDED, "RUNNER_MODULE_NEEDED");
     facts
 }
 
@@ -113,7 +129,7 @@ fn facts() -> Facts {
 fn rust_tables_match_the_golden_file() {
     let rust = facts().rust;
     if std::env::var_os("RUNNER_SDK_BLESS").is_some() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/abi_v1.golden");
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/abi_v2.golden");
         std::fs::write(path, &rust).expect("the golden file is writable");
         return;
     }
@@ -125,7 +141,7 @@ fn c_tables_match_the_golden_file() {
     let dir = Scratch::new("c");
     let source = format!(
         "#include <stdio.h>\n#include <stddef.h>\n#include \"runner.h\"\n\n\
-         const runner_module *runner_module_v1(void) {{ return 0; }}\n\n\
+         const runner_module *runner_module_v2(void) {{ return 0; }}\n\n\
          int main(void) {{\n{}  return 0;\n}}\n",
         facts().c
     );
@@ -142,10 +158,10 @@ fn runner_h_compiles_as_cpp() {
     let compiler = found.expect("this test needs a C++ compiler: install g++ or clang++");
     let dir = Scratch::new("cpp");
     let source = "#include \"runner.h\"\n\
-        RUNNER_MANIFEST(\"{}\");\n\
-        static const runner_module table = {RUNNER_MODULE_MASK, 0, RUNNER_MAGIC, RUNNER_ABI_VERSION, 0, 0, 0, 0};\n\
-        const runner_module *runner_module_v1(void) { return &table; }\n\
-        int main() { return RUNNER_HAS(runner_module_v1(), 5) ? 0 : 1; }\n";
+        RUNNER_PLUGIN(\"mine\", \"1.0.0\", \"\\\"/mine/v1\\\"\");\n\
+        static const runner_module table = {RUNNER_MODULE_HEAD, 0, 0, 0, 0, 0};\n\
+        const runner_module *runner_module_v2(void) { return &table; }\n\
+        int main() { return RUNNER_HAS(runner_module_v2(), 4) ? 0 : 1; }\n";
     let program = compile(compiler, "cpp", "-std=c++11", source, &dir);
     assert!(Command::new(program).status().expect("the program runs").success());
 }
@@ -156,10 +172,23 @@ fn written_masks_equal_the_declared_masks() {
     assert_eq!(Module::PT_FIELD_ACCESSIBILITY.bits(), abi::MODULE_MASK);
     assert_eq!(Host::PT_FIELD_ACCESSIBILITY.bits(), abi::HOST_MASK);
 
-    let table = runner_sdk::__private::module("golden", &[]);
-    // SAFETY: `ModuleRef` is a transparent pointer to a table that begins with the mask word.
-    let present = unsafe { **std::ptr::from_ref(&table).cast::<*const u64>() };
-    assert_eq!(present, abi::MODULE_MASK);
+    let module = runner_sdk::__private::module("golden", &[]);
+    assert_eq!((module.magic, module.abi, module.table.present), (abi::MAGIC, abi::ABI_VERSION, abi::MODULE_MASK));
+}
+
+/// One version number, wherever it is written.
+#[test]
+fn abi_version_is_the_same_everywhere() {
+    let (major, minor) = (abi::ABI_MAJOR, abi::ABI_MINOR);
+    let version = format!("{major}.{minor}");
+    assert_eq!(abi::ABI_TEXT, version);
+    assert_eq!(abi::MAGIC.to_be_bytes(), *format!("RUNNERv{major}").as_bytes());
+    assert_eq!(abi::ENTRY, format!("runner_module_v{major}"));
+    let header = include_str!("../include/runner.h");
+    assert!(header.starts_with(&format!("/* runner.h - write a runner for runner-host in C. ABI version {version},")));
+    assert!(header.contains(&format!("const runner_module *{}(void);", abi::ENTRY)));
+    let manifest = runner_sdk::__private::ABI_TEXT;
+    assert_eq!(manifest, version);
 }
 
 fn compile(compiler: &str, extension: &str, standard: &str, source: &str, dir: &Scratch) -> PathBuf {

@@ -50,7 +50,7 @@ fn panic_of(ended: &Ended) -> (&str, &str) {
 #[test]
 fn crate_name_is_exported() {
     assert_eq!(runner_sdk::CRATE_NAME, "runner-sdk");
-    assert!(runner_sdk::RUNNER_H.contains("runner_module_v1"));
+    assert!(runner_sdk::RUNNER_H.contains("runner_module_v2"));
 }
 
 #[test]
@@ -445,15 +445,41 @@ mod exported {
 
 #[test]
 fn exported_table_has_this_version() {
-    #[allow(improper_ctypes, reason = "a transparent pointer; the lint checks its target")]
+    #[allow(improper_ctypes, reason = "the lint checks the targets of transparent pointers")]
     unsafe extern "C" {
-        fn runner_module_v1() -> runner_sdk::abi::ModuleRef;
+        fn runner_module_v2() -> &'static runner_sdk::abi::ModuleTable;
     }
     // SAFETY: exported by the macro above, with this signature.
-    let table = unsafe { runner_module_v1() };
-    assert_eq!((table.magic(), table.abi()), (runner_sdk::abi::MAGIC, runner_sdk::abi::ABI_VERSION));
+    let table = unsafe { runner_module_v2() };
+    assert_eq!((table.magic, table.abi), (runner_sdk::abi::MAGIC, runner_sdk::abi::ABI_VERSION));
     assert_eq!(exported::Plain::CAPABILITY, "/tests/plain/v1");
     assert_eq!(exported::Fallible::CAPABILITY, "/tests/fallible/v1");
+}
+
+#[tokio::test]
+async fn test_host_has_the_limits_of_a_node() {
+    let runner = Act(|ctx: TaskCtx| async move {
+        let large = "x".repeat(64 * 1024);
+        let refused = [ctx.ctrl.progress(&large).await, ctx.ctrl.log_event(&large).await];
+        for refused in refused.map(|result| result.expect_err("above 64 KiB")) {
+            assert_eq!(refused.kind(), PortErrorKind::Limit, "{refused}");
+        }
+        let refused = ctx.input.get_bytes_by_cid("large").await.expect_err("above the budget");
+        assert_eq!(refused.kind(), PortErrorKind::Limit, "{refused}");
+        assert!(refused.to_string().contains("do not fit into MEMORY_BUDGET, 1000 bytes"), "{refused}");
+        let mut open = Vec::new();
+        while open.len() < 64 {
+            open.push(ctx.input.open_reader_by_cid("large").await?);
+        }
+        let refused = ctx.output.open_multipart("one-too-many").await.err().expect("64 streams are open");
+        assert_eq!(refused.kind(), PortErrorKind::Limit, "{refused}");
+        drop(open);
+        ctx.output.put_bytes("fits.txt", "fits").await?;
+        Ok(())
+    });
+    let ended = TestHost::new().memory_budget(1000).input("large", vec![1; 1001]).run(&runner).await;
+    assert!(ended.is_ok(), "{:?}", ended.failure());
+    assert_eq!(ended.output("fits.txt"), Some(&b"fits"[..]));
 }
 
 #[tokio::test]

@@ -2,25 +2,6 @@
 
 use serde::{Deserialize, Serialize};
 
-/// An artifact that a runner asks the node to store.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ArtifactSpec {
-    /// Path relative to the task's outputs prefix.
-    pub path: String,
-    /// Stored name; derived from the path when absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
-    /// Data type; derived from the extension when absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub data_type: Option<String>,
-    /// Id of stored data to replace.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub existing_id: Option<String>,
-    /// Exact size in bytes, if the runner knows it beforehand.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub size: Option<u64>,
-}
-
 /// One published artifact.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Artifact {

@@ -7,7 +7,6 @@
 mod artifact;
 mod backoff;
 mod boot_instant;
-mod budget;
 mod capability;
 mod data_location;
 mod data_query;
@@ -29,10 +28,9 @@ pub(crate) mod test_log;
 mod usage;
 mod watched;
 
-pub use artifact::{Artifact, ArtifactSpec};
+pub use artifact::Artifact;
 pub use backoff::{Backoff, Jitter, pause_asked};
 pub use boot_instant::BootInstant;
-pub use budget::{Budget, Charge, OverBudget};
 pub use capability::{Capability, CapabilityError};
 pub use data_location::{AnnouncedData, Coordinates, DataLocation, DomainHosts, EmptyList, InlineInputs, LocalFiles};
 pub use data_query::{DataQuery, FoundData};
@@ -53,6 +51,7 @@ pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, Por
 pub use progress_queue::{Pending, ProgressError, ProgressQueue};
 pub use readiness::{NotReady, NotReadyReason, Readiness, ReadyWhen};
 pub use resolved_path::resolved_path;
+pub use runner_sdk::host_calls::{ArtifactSpec, Budget, Charge, OverBudget};
 pub use status::{
     DiskStatus, HeldNumber, HeldTasks, HostStatus, Listings, Live, OutboxStatus, Phase, PlaneState, PlaneStatus,
     Planes, PluginId, PollStatus, RegistrationForm, RegistrationState, ReportState, STATUS_SCHEMA, StatusBoard,

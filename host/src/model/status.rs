@@ -202,8 +202,14 @@ impl Serialize for Listings {
 }
 
 /// A number that is read when it is shown.
-#[derive(Clone, Copy, Debug)]
-pub struct Live(pub fn() -> u64);
+#[derive(Clone)]
+pub struct Live(pub Arc<dyn Fn() -> u64 + Send + Sync>);
+
+impl std::fmt::Debug for Live {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Live")
+    }
+}
 
 impl Serialize for Live {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -543,8 +549,8 @@ impl StatusBoard {
             unreported: 0,
             outbox: OutboxStatus::default(),
             recent: VecDeque::new(),
-            stale_calls: Live(|| 0),
-            stuck_runners: Live(|| 0),
+            stale_calls: Live(Arc::new(|| 0)),
+            stuck_runners: Live(Arc::new(|| 0)),
             memory: Budget::unlimited(),
             plugins: Listings(Arc::new(|| serde_json::Value::Null)),
         };

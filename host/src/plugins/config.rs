@@ -40,6 +40,8 @@ pub struct Entry {
 /// The operator's settings for a plugin.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
+    /// Its name in the node. The name in its manifest if it is absent.
+    pub name: Option<String>,
     /// `false`: do not load it.
     pub enabled: bool,
     /// Expected SHA-256 of the file, lower-case hex.
@@ -65,6 +67,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
+            name: None,
             enabled: true,
             sha256: None,
             capabilities: None,

@@ -57,6 +57,14 @@ pub enum InstallError {
         /// The library's.
         found: String,
     },
+    /// Built for the first draft of the ABI.
+    #[error(
+        "was built for the first draft of the ABI (it exports {}), this host needs {}; rebuild it with this host's \
+         runner-sdk or runner.h",
+        abi::ENTRY_V1,
+        abi::ENTRY
+    )]
+    FirstDraft,
     /// The entry symbol is missing.
     #[error("exports no symbol {}, expected one; add export_runner!(…) or, in C, define it", abi::ENTRY)]
     NoEntry,
@@ -191,21 +199,21 @@ pub enum InstallError {
         /// The place in the layout, what was expected, what was found.
         line: String,
     },
-    /// `init` reported an error.
-    #[error("init failed: {reason}")]
-    InitFailed {
+    /// `create` reported an error.
+    #[error("create failed: {reason}")]
+    CreateFailed {
         /// The text of the plugin.
         reason: String,
     },
-    /// `init` panicked.
-    #[error("init panicked: {reason}")]
-    InitPanicked {
+    /// `create` panicked.
+    #[error("create panicked: {reason}")]
+    CreatePanicked {
         /// The text and the place of the panic.
         reason: String,
     },
-    /// `init` gave no answer.
-    #[error("init gave no answer within {limit:?}; a plugin's init must answer once, soon")]
-    InitHung {
+    /// `create` gave no answer.
+    #[error("create gave no answer within {limit:?}; a plugin's create must answer once, soon")]
+    CreateHung {
         /// The time limit.
         limit: Duration,
     },

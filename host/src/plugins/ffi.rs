@@ -1,308 +1,211 @@
-//! The host's side of the ABI: reads a plugin's table and answers its calls.
+//! The host's side of the ABI: converts between the boundary's values and plain ones.
 //!
-//! All unsafe code about values that cross the boundary is in this file. Every host entry looks up its task by
-//! handle and copies the lent values. It answers through the plugin's dispatch thread. If the call need not wait,
-//! it answers at once, on the calling thread.
+//! All unsafe code about values that cross the boundary is in this file. Every host entry looks up its instance and
+//! its task by handle and copies the lent values. What the call does is in `instance` and in `HostCalls`. An answer
+//! goes through the instance's dispatch thread, or out on the calling thread if the call need not wait.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    cell::Cell,
     ffi::c_void,
-    future::Future,
     panic::{AssertUnwindSafe, catch_unwind},
-    path::Path,
-    sync::{
-        Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
-        mpsc,
-    },
+    sync::{Arc, LazyLock},
     time::Duration,
 };
 
 use bytes::Bytes;
-use runner_sdk::abi::{self, Callback, HostRef, Module, Status, Str, Table, Task};
+use runner_sdk::{
+    PortError, PortErrorKind,
+    abi::{self, Callback, CreateRequest, End, HostRef, HostWord, ModuleTable, StartRequest, Status, Str, Task},
+    host_calls::{Answer, Answered, Call, Called, status_of, task_over},
+};
 use serde_json::json;
-use tokio::{runtime::Handle, sync::oneshot};
-use tokio_util::sync::CancellationToken;
-use tracing::{Span, debug, error, info, trace, warn};
+use tracing::error;
 
 use super::{
     InstallError,
-    dispatch::Dispatcher,
+    executor::Request,
+    handles::HandleTable,
     held_bytes::{Holding, TaskBytes},
-    run::Folder,
-    tasks::TaskTable,
-    text::{self, LOG_FIELDS_BYTES_MAX, LOG_TARGET_BYTES_MAX, LOG_TEXT_BYTES_MAX, REASON_BYTES_MAX},
+    instance::{Completion, Created, Instance, LogLine, Running},
+    text::{self, LOG_TARGET_BYTES_MAX, LOG_TEXT_BYTES_MAX, REASON_BYTES_MAX},
 };
-use crate::model::{
-    ArtifactSpec, Charge, HeldLease, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup, TaskId, Token,
-    Usage, redact,
-};
+use crate::model::TaskId;
 
-/// Maximum number of streams that one task may hold open.
-const STREAMS_MAX: usize = 64;
-/// Time an ended task has to release its bytes before a warning is logged.
-const RELEASE_GRACE: Duration = Duration::from_secs(1);
-/// Largest piece handed to a plugin at once, in bytes. A plugin that asks for more gets this much.
-const PIECE_BYTES_MAX: u64 = 1024 * 1024;
+/// Number of answers that may be given inside one another on one thread. The next one goes to another thread. A plugin
+/// may make a call in each answer, and its stack is limited.
+const NESTED_ANSWERS_MAX: u32 = 16;
 
-static TASKS: TaskTable<Running> = TaskTable::new();
-static HOST: OnceLock<HostRef> = OnceLock::new();
-/// Plugins that have not answered their `init` yet, by the number they were given.
-static INITS: Mutex<BTreeMap<usize, mpsc::Sender<InitAnswer>>> = Mutex::new(BTreeMap::new());
-
-/// Number of calls that named a task which was over or never existed.
-pub(super) fn stale_calls() -> u64 {
-    TASKS.stale_calls()
-}
+/// Every instance of every node in this process, by host word. A plugin may pass any number, so the number is looked
+/// up and never used as an address.
+static HOSTS: HandleTable<Instance> = HandleTable::new();
+static API: LazyLock<HostRef> = LazyLock::new(|| abi::publish_host(TABLE));
 
 /// Every running task, with the name of its plugin.
 pub(super) fn running() -> Vec<(Arc<str>, TaskId)> {
-    TASKS.all().iter().map(|running| (Arc::clone(&running.plugin), running.held_lease.lease.task().clone())).collect()
+    let of = |instance: &Arc<Instance>| {
+        let tasks = instance.tasks.all();
+        let named = |running: &Arc<Running>| {
+            (Arc::clone(&instance.name), running.calls.backend().held_lease.lease.task().clone())
+        };
+        tasks.iter().map(named).collect::<Vec<_>>()
+    };
+    HOSTS.all().iter().flat_map(of).collect()
+}
+
+/// Makes an instance known to its plugin. The word is stale when this is dropped.
+pub(super) struct Published(HostWord);
+
+impl Published {
+    pub(super) fn new(instance: Arc<Instance>) -> Self {
+        Self(HostWord(HOSTS.insert(instance)))
+    }
+}
+
+impl Drop for Published {
+    fn drop(&mut self) {
+        HOSTS.remove(self.0.0);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------
 // The plugin's table.
 
-type InitFn = unsafe extern "C" fn(HostRef, Str, Callback, *mut c_void);
-type StartFn = unsafe extern "C" fn(Task, Str);
-type CancelFn = unsafe extern "C" fn(Task);
-type ShutdownFn = unsafe extern "C" fn(u32);
+type CreateFn = unsafe extern "C" fn(HostRef, HostWord, *const CreateRequest, Callback, *mut c_void);
+type StartFn = unsafe extern "C" fn(abi::Instance, Task, *const StartRequest);
+type CancelFn = unsafe extern "C" fn(abi::Instance, Task);
+type NumberFn = unsafe extern "C" fn(abi::Instance, u32);
 
 /// The entries of a plugin whose table was checked. The library is never unloaded.
 #[derive(Clone, Copy)]
 pub(super) struct Entries {
-    init: InitFn,
+    create: CreateFn,
     start: StartFn,
     cancel: CancelFn,
-    shutdown: ShutdownFn,
+    shutdown: NumberFn,
+    log_level: Option<NumberFn>,
 }
 
 /// Calls the exported entry and checks the table it returns.
 ///
 /// # Safety
-/// `entry` must be the address of `runner_module_v1`, not null, in a library that stays loaded.
+/// `entry` must be the address of `runner_module_v2`, not null, in a library that stays loaded.
 pub(super) unsafe fn read_table(entry: *const c_void) -> Result<Entries, InstallError> {
     // SAFETY: the symbol's name guarantees this signature. The returned pointer has the type that both table
-    // declarations state. An entry is read only if its bit is set.
+    // declarations state. An entry is read only if its bit is set. A C table may hold NULL. Reading NULL as a Rust
+    // function pointer would be undefined behaviour, so each address is read as a pointer first.
     unsafe {
-        let entry = std::mem::transmute::<*const c_void, extern "C" fn() -> *const Table<Module>>(entry);
-        let table = entry();
-        if table.is_null() {
+        let entry = std::mem::transmute::<*const c_void, extern "C" fn() -> *const ModuleTable>(entry);
+        let module = entry();
+        if module.is_null() {
             return Err(InstallError::WrongMagic { found: 0 });
         }
-        let present = (&raw const (*table).present).read();
-        let need = |bit: u32, entry: &'static str| {
-            if present >> bit & 1 == 1 { Ok(()) } else { Err(InstallError::MissingEntry { entry }) }
-        };
-        need(0, "magic")?;
-        let magic = (&raw const (*table).entries.magic).read();
+        let magic = (&raw const (*module).magic).read();
         if magic != abi::MAGIC {
             return Err(InstallError::WrongMagic { found: magic });
         }
-        need(1, "abi")?;
-        let major = ((&raw const (*table).entries.abi).read() >> 16) as u16;
+        let major = ((&raw const (*module).abi).read() >> 16) as u16;
         if major != abi::ABI_MAJOR {
             return Err(InstallError::AbiMajor { found: major });
         }
-        need(2, "init")?;
-        need(3, "start")?;
-        need(4, "cancel")?;
-        need(5, "shutdown")?;
-        // A C table may hold NULL. Reading NULL as a Rust function pointer would be undefined behaviour.
-        let function = |address_of: *const c_void, entry: &'static str| {
-            let address = address_of.cast::<*const c_void>().read();
-            if address.is_null() { Err(InstallError::MissingEntry { entry }) } else { Ok(address) }
+        let present = (&raw const (*module).table.present).read();
+        let entries = &raw const (*module).table.entries;
+        let entry = |bit: u32, address_of: *const c_void| -> Option<*const c_void> {
+            if present >> bit & 1 == 0 {
+                return None;
+            }
+            Some(address_of.cast::<*const c_void>().read()).filter(|address| !address.is_null())
         };
-        let init = function((&raw const (*table).entries.init).cast(), "init")?;
-        let start = function((&raw const (*table).entries.start).cast(), "start")?;
-        let cancel = function((&raw const (*table).entries.cancel).cast(), "cancel")?;
-        let shutdown = function((&raw const (*table).entries.shutdown).cast(), "shutdown")?;
+        let need = |bit, address_of, name| entry(bit, address_of).ok_or(InstallError::MissingEntry { entry: name });
+        let create = need(0, (&raw const (*entries).create).cast(), "create")?;
+        let start = need(1, (&raw const (*entries).start).cast(), "start")?;
+        let cancel = need(2, (&raw const (*entries).cancel).cast(), "cancel")?;
+        let shutdown = need(3, (&raw const (*entries).shutdown).cast(), "shutdown")?;
+        let log_level = entry(4, (&raw const (*entries).log_level).cast());
         Ok(Entries {
-            init: std::mem::transmute::<*const c_void, InitFn>(init),
+            create: std::mem::transmute::<*const c_void, CreateFn>(create),
             start: std::mem::transmute::<*const c_void, StartFn>(start),
             cancel: std::mem::transmute::<*const c_void, CancelFn>(cancel),
-            shutdown: std::mem::transmute::<*const c_void, ShutdownFn>(shutdown),
+            shutdown: std::mem::transmute::<*const c_void, NumberFn>(shutdown),
+            log_level: log_level.map(|address| std::mem::transmute::<*const c_void, NumberFn>(address)),
         })
     }
 }
 
-/// The answer of `init`.
-pub(super) type InitAnswer = (Status, String);
+// A handle has 64 bits. `create` passes one where the plugin returns a pointer.
+const _: () = assert!(usize::BITS == 64, "the host runs on 64-bit systems");
+
+/// The leading word of a request: its size, which fits.
+fn size_of_request<T>() -> u32 {
+    size_of::<T>() as u32
+}
 
 impl Entries {
-    /// Calls `init`. The answer arrives on `answer_sender`, during the call or later.
-    pub(super) fn init(&self, config: &str, log_level: u32, answer_sender: mpsc::Sender<InitAnswer>) {
-        unsafe extern "C" fn answered(user: *mut c_void, status: Status, data: abi::Bytes) {
+    /// Calls `create`. The answer goes to [`Instance::created`], during the call or later.
+    pub(super) fn create(&self, published: &Published, config: &str, capabilities: &[String]) {
+        unsafe extern "C" fn answered(user: *mut c_void, status: Status, number: u64, data: abi::Bytes) {
             // SAFETY: the plugin handed the bytes over and nobody else releases them.
             let data = unsafe { Foreign::new(data) };
-            let answer = (status, text::lossy(data.as_ref(), REASON_BYTES_MAX));
-            match INITS.lock().unwrap_or_else(PoisonError::into_inner).remove(&user.addr()) {
-                // The receiver is gone after the time limit.
-                Some(answer_sender) => drop(answer_sender.send(answer)),
-                None => warn!(event = "plugin.second_init", "a plugin answered init a second time"),
+            let text = data.slice().map_or_else(|err| err.to_string(), |text| text::lossy(text, REASON_BYTES_MAX));
+            // `user` is a number, not an address.
+            if let Some(instance) = HOSTS.get(user.addr() as u64) {
+                instance.created(Created { status, number, text });
             }
         }
-        let host = *HOST.get_or_init(|| abi::publish_host(host_table(log_level)));
-        // This is a number, not an address. A second answer finds no entry.
-        static NEXT: AtomicUsize = AtomicUsize::new(1);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        INITS.lock().unwrap_or_else(PoisonError::into_inner).insert(number, answer_sender);
-        let user = std::ptr::without_provenance_mut(number);
-        // SAFETY: `read_table` checked the entry. `config` outlives the call, and the host's table outlives the
+        let word = published.0;
+        let Some(instance) = HOSTS.get(word.0) else { return };
+        let capabilities: Vec<Str> = capabilities.iter().map(|name| lend(name)).collect();
+        let request = CreateRequest {
+            size: size_of_request::<CreateRequest>(),
+            abi: abi::ABI_VERSION,
+            log_level: instance.log_level(),
+            capabilities_len: u32::try_from(capabilities.len()).expect("a manifest has few capabilities"),
+            capabilities: capabilities.as_ptr(),
+            name: lend(&instance.name),
+            config: lend(config),
+        };
+        let user = std::ptr::without_provenance_mut(usize::try_from(word.0).expect("a word has at most 64 bits"));
+        // SAFETY: `read_table` checked the entry. The request outlives the call, and the host's table outlives the
         // process. The SDK's shim never unwinds, and C cannot.
-        unsafe { (self.init)(host, lend(config), Callback { call: answered }, user) };
+        unsafe { (self.create)(*API, word, &raw const request, Callback { call: Some(answered) }, user) };
     }
 
     /// Calls `start`.
-    pub(super) fn start(&self, task: Task, request: &str) {
-        // SAFETY: as in `init`. The plugin copies the parts of `request` that it keeps.
-        unsafe { (self.start)(task, lend(request)) };
+    pub(super) fn start(&self, instance: abi::Instance, task: Task, request: &Request) {
+        let lease = &request.held_lease.lease;
+        let inputs: Vec<Str> = lease.inputs.iter().map(|cid| lend(cid)).collect();
+        let request = StartRequest {
+            size: size_of_request::<StartRequest>(),
+            inputs_len: u32::try_from(inputs.len()).expect("a lease fits in memory"),
+            inputs: inputs.as_ptr(),
+            capability: lend(lease.capability.as_str()),
+            dir: lend(&request.dir),
+            task_id: lend(lease.task().as_str()),
+            traceparent: lend(""),
+            lease: lend(lease.document.get()),
+        };
+        // SAFETY: as in `create`. The plugin copies the parts of the request that it keeps.
+        unsafe { (self.start)(instance, task, &raw const request) };
     }
 
     /// Calls `cancel`.
-    pub(super) fn cancel(&self, task: Task) {
-        // SAFETY: as in `init`.
-        unsafe { (self.cancel)(task) };
+    pub(super) fn cancel(&self, instance: abi::Instance, task: Task) {
+        // SAFETY: as in `create`.
+        unsafe { (self.cancel)(instance, task) };
     }
 
     /// Calls `shutdown`.
-    pub(super) fn shutdown(&self, deadline: Duration) {
+    pub(super) fn shutdown(&self, instance: abi::Instance, deadline: Duration) {
         let deadline_ms = u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX);
-        // SAFETY: as in `init`.
-        unsafe { (self.shutdown)(deadline_ms) };
+        // SAFETY: as in `create`.
+        unsafe { (self.shutdown)(instance, deadline_ms) };
     }
-}
 
-// ---------------------------------------------------------------------------------------------
-// One running task.
-
-/// The completion of a task as the plugin reported it.
-#[derive(Debug)]
-pub(super) struct Completion {
-    pub(super) status: Status,
-    pub(super) text: String,
-    pub(super) details: String,
-}
-
-/// The access to a task's data, and the runtime that moves the data.
-pub(super) struct TaskData {
-    pub(super) ports: Arc<dyn Ports>,
-    pub(super) folder: Folder,
-    pub(super) runtime: Handle,
-}
-
-/// A task inside a plugin, as the calls of the plugin use it.
-pub(super) struct Running {
-    plugin: Arc<str>,
-    dispatcher: Dispatcher,
-    grant_token: bool,
-    held_lease: HeldLease,
-    data: TaskData,
-    over: CancellationToken,
-    span: Span,
-    ended: Mutex<Option<oneshot::Sender<Completion>>>,
-    streams: Mutex<HashMap<u64, Stream>>,
-    next_stream: AtomicU64,
-    bytes: Arc<TaskBytes>,
-}
-
-type Shared<T> = Arc<tokio::sync::Mutex<T>>;
-
-#[derive(Clone)]
-enum Stream {
-    Input(Shared<Reading>),
-    Output(Shared<Option<Box<dyn OutputStream>>>),
-}
-
-struct Reading {
-    stream: Box<dyn InputStream>,
-    rest: Bytes,
-    /// Set for a caller that holds the bytes it reads.
-    held: Option<Charge>,
-}
-
-/// Owns a handle. When it is dropped, the task is over for its plugin.
-pub(super) struct Entered {
-    pub(super) task: Task,
-    running: Arc<Running>,
-}
-
-impl Drop for Entered {
-    fn drop(&mut self) {
-        TASKS.remove(self.task);
-        self.running.over.cancel();
-        self.running.streams.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        self.running.bytes.end();
-        let unreleased = self.running.bytes.plugin();
-        if unreleased.is_notable() {
-            let (unreleased, plugin) = (Arc::clone(unreleased), Arc::clone(&self.running.plugin));
-            // Not joined: the future only logs a warning, or does nothing.
-            self.running.data.runtime.spawn(async move {
-                tokio::time::sleep(RELEASE_GRACE).await;
-                unreleased.warn(&plugin);
-            });
+    /// Calls `log_level`, if the plugin has it.
+    pub(super) fn log_level(&self, instance: abi::Instance, level: u32) {
+        if let Some(log_level) = self.log_level {
+            // SAFETY: as in `create`.
+            unsafe { log_level(instance, level) };
         }
-    }
-}
-
-/// Enters a task. The receiver gets its completion once.
-pub(super) fn enter(
-    plugin: Arc<str>,
-    dispatcher: Dispatcher,
-    grant_token: bool,
-    held_lease: HeldLease,
-    data: TaskData,
-    bytes: Arc<TaskBytes>,
-) -> (Entered, oneshot::Receiver<Completion>) {
-    let (completion_sender, ended) = oneshot::channel();
-    let running = Arc::new(Running {
-        plugin,
-        dispatcher,
-        grant_token,
-        held_lease,
-        data,
-        over: CancellationToken::new(),
-        span: Span::current(),
-        ended: Mutex::new(Some(completion_sender)),
-        streams: Mutex::default(),
-        next_stream: AtomicU64::new(1),
-        bytes,
-    });
-    let task = TASKS.insert(Arc::clone(&running));
-    (Entered { task, running }, ended)
-}
-
-impl Running {
-    /// The tokens that only this task's runner may know.
-    fn bearers(&self) -> Vec<Token> {
-        if self.grant_token { self.held_lease.tokens() } else { Vec::new() }
-    }
-
-    /// Creates the task's directory, for calls that write to it. The creation may wait for a file. Therefore it
-    /// runs on a worker or on one of the plugin's own threads.
-    fn make_folder(&self) -> Result<(), PortError> {
-        (self.data.folder.make)().map_err(|text| PortError::new(PortErrorKind::Local, text))
-    }
-
-    fn add(&self, stream: Stream) -> Result<u64, PortError> {
-        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
-        if streams.len() >= STREAMS_MAX {
-            let text = format!("{STREAMS_MAX} inputs and outputs are open already; close some first");
-            return Err(PortError::new(PortErrorKind::BadRequest, text));
-        }
-        let id = self.next_stream.fetch_add(1, Ordering::Relaxed);
-        streams.insert(id, stream);
-        Ok(id)
-    }
-
-    fn stream(&self, id: u64) -> Result<Stream, PortError> {
-        let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = streams.get(&id).cloned();
-        found.ok_or_else(|| PortError::new(PortErrorKind::BadRequest, format!("stream {id} is not open")))
-    }
-
-    fn take(&self, id: u64) -> Option<Stream> {
-        self.streams.lock().unwrap_or_else(PoisonError::into_inner).remove(&id)
     }
 }
 
@@ -315,17 +218,22 @@ struct User(*mut c_void);
 // SAFETY: the host only passes the opaque word back. The contract lets a callback run on any thread.
 unsafe impl Send for User {}
 
+/// Where an answer goes. `None`: the plugin wants none.
+type ReplyTo = Option<(unsafe extern "C" fn(*mut c_void, Status, u64, abi::Bytes), User)>;
+
+fn reply_to(reply: Callback, user: *mut c_void) -> ReplyTo {
+    reply.call.map(|call| (call, User(user)))
+}
+
 /// Bytes that a plugin handed over. They are released on drop.
 struct Foreign {
     bytes: abi::Bytes,
-    /// Counts the bytes, if the task they were handed over for is known.
+    /// Counts the bytes for their task.
     held: Option<Holding>,
 }
 
 // SAFETY: the contract of `Bytes` allows reading and releasing from any thread. Nothing is written.
 unsafe impl Send for Foreign {}
-// SAFETY: as above.
-unsafe impl Sync for Foreign {}
 
 impl Foreign {
     /// # Safety
@@ -333,15 +241,17 @@ impl Foreign {
     unsafe fn new(bytes: abi::Bytes) -> Self {
         Self { bytes, held: None }
     }
+
+    /// The bytes, if they can be bytes at all.
+    fn slice(&self) -> Result<&[u8], PortError> {
+        // SAFETY: the caller of `new` guaranteed complete bytes. They are released only in drop.
+        unsafe { readable(self.bytes.ptr, self.bytes.len) }
+    }
 }
 
 impl AsRef<[u8]> for Foreign {
     fn as_ref(&self) -> &[u8] {
-        if self.bytes.len == 0 || self.bytes.ptr.is_null() {
-            return &[];
-        }
-        // SAFETY: the caller of `new` guaranteed complete bytes. They are released only in drop.
-        unsafe { std::slice::from_raw_parts(self.bytes.ptr, self.bytes.len) }
+        self.slice().unwrap_or_default()
     }
 }
 
@@ -352,6 +262,22 @@ impl Drop for Foreign {
             unsafe { release(self.bytes.owner) };
         }
     }
+}
+
+/// A plugin's bytes. Refuses a length that no memory can have, and NULL with a length.
+///
+/// # Safety
+/// If `ptr` and `len` can describe memory, it must be readable for as long as the result is used.
+unsafe fn readable<'a>(ptr: *const u8, len: usize) -> Result<&'a [u8], PortError> {
+    if len == 0 {
+        return Ok(&[]);
+    }
+    if ptr.is_null() || isize::try_from(len).is_err() {
+        let text = format!("the plugin passed {len} bytes at the address {:#x}, which no memory has", ptr.addr());
+        return Err(PortError::new(PortErrorKind::BadRequest, text));
+    }
+    // SAFETY: the caller guarantees it.
+    Ok(unsafe { std::slice::from_raw_parts(ptr, len) })
 }
 
 /// Bytes that were handed to a plugin. `_held` counts them for their task, if there is one.
@@ -384,11 +310,8 @@ fn lend(text: &str) -> Str {
 /// # Safety
 /// `text` must point to `len` readable bytes.
 unsafe fn copy(text: Str) -> Result<String, PortError> {
-    if text.len == 0 || text.ptr.is_null() {
-        return Ok(String::new());
-    }
     // SAFETY: the caller guarantees it.
-    let bytes = unsafe { std::slice::from_raw_parts(text.ptr, text.len) };
+    let bytes = unsafe { readable(text.ptr, text.len) }?;
     match std::str::from_utf8(bytes) {
         Ok(text) => Ok(text.to_owned()),
         Err(_) => Err(PortError::new(PortErrorKind::BadRequest, "the plugin passed text that is not UTF-8")),
@@ -400,453 +323,272 @@ unsafe fn copy(text: Str) -> Result<String, PortError> {
 /// # Safety
 /// `text` must point to `len` readable bytes.
 unsafe fn copy_lossy(text: Str, max: usize) -> String {
-    if text.len == 0 || text.ptr.is_null() {
-        return String::new();
-    }
     // SAFETY: the caller guarantees it.
-    text::lossy(unsafe { std::slice::from_raw_parts(text.ptr, text.len) }, max)
-}
-
-fn status(kind: PortErrorKind) -> Status {
-    match kind {
-        PortErrorKind::BadRequest => Status::BAD_REQUEST,
-        PortErrorKind::InvalidPath => Status::INVALID_PATH,
-        PortErrorKind::Unauthorized => Status::UNAUTHORIZED,
-        PortErrorKind::NotFound => Status::NOT_FOUND,
-        PortErrorKind::Conflict => Status::CONFLICT,
-        PortErrorKind::Server => Status::SERVER,
-        PortErrorKind::Network => Status::NETWORK,
-        PortErrorKind::Malformed => Status::MALFORMED,
-        PortErrorKind::Unsupported => Status::UNSUPPORTED,
-        PortErrorKind::LeaseOver => Status::LEASE_OVER,
-        PortErrorKind::Setup => Status::SETUP,
-        PortErrorKind::Local => Status::LOCAL,
-        PortErrorKind::Limit => Status::LIMIT,
-        PortErrorKind::TaskOver => Status::STALE,
-        PortErrorKind::Other => Status::OTHER,
+    match unsafe { readable(text.ptr, text.len) } {
+        Ok(bytes) => text::lossy(bytes, max),
+        Err(err) => err.to_string(),
     }
 }
 
-type Answer = Result<Bytes, PortError>;
+// ---------------------------------------------------------------------------------------------
+// Answers.
+
+thread_local! {
+    /// Number of answers that this thread is inside of.
+    static NESTED: Cell<u32> = const { Cell::new(0) };
+}
 
 /// Calls a plugin back. For each call with a callback this happens exactly once.
-fn reply_now(reply: Callback, user: User, answer: Answer, task: Option<&Arc<TaskBytes>>) {
-    let (status, data) = match answer {
-        Ok(data) => (Status::OK, data),
-        Err(err) => (status(err.kind), Bytes::from(err.message)),
+fn reply_now(to: ReplyTo, answer: Answered, task: Option<&Arc<TaskBytes>>) {
+    let Some((call, user)) = to else { return };
+    let (status, number, data) = match answer {
+        Ok(Answer { number, data }) => (Status::OK, number, data),
+        Err(err) => (status_of(err.kind()), 0, Bytes::from(err.to_string())),
     };
-    // SAFETY: `reply` and `user` came in one call and are used only once, here. The plugin becomes the owner of
-    // `data`.
-    unsafe { (reply.call)(user.0, status, hand_over(data, task)) };
+    NESTED.set(NESTED.get() + 1);
+    // SAFETY: `call` and `user` came in one call and are used only once, here. The plugin becomes the owner of `data`.
+    unsafe { call(user.0, status, number, hand_over(data, task)) };
+    NESTED.set(NESTED.get() - 1);
 }
 
-fn task_over() -> PortError {
-    PortError::new(PortErrorKind::TaskOver, "the task is over")
-}
-
-/// Answers a call at once, on the calling thread.
-fn answer_now(task: Task, reply: Callback, user: *mut c_void, work: impl FnOnce(&Running) -> Answer) {
-    let running = TASKS.get(task);
-    let answer = guarded(|| match &running {
-        Some(running) => work(running),
-        None => Err(task_over()),
-    });
-    reply_now(reply, User(user), answer, running.as_ref().map(|running| &running.bytes));
-}
-
-/// Answers a call from the plugin's dispatch thread when `work` is done or the task is over.
-fn answer_later<F>(
-    task: Task,
-    reply: Callback,
-    user: *mut c_void,
-    work: impl FnOnce(Arc<Running>) -> Result<F, PortError>,
-) where
-    F: Future<Output = Answer> + Send + 'static,
-{
-    let user = User(user);
-    let Some(running) = TASKS.get(task) else { return reply_now(reply, user, Err(task_over()), None) };
-    let future = match guarded(|| work(Arc::clone(&running))) {
-        Ok(future) => future,
-        Err(err) => return reply_now(reply, user, Err(err), Some(&running.bytes)),
-    };
-    let (dispatcher, bytes) = (running.dispatcher.clone(), Arc::clone(&running.bytes));
-    let mut pending = PendingAnswer { dispatcher, bytes, answer_to: Some((reply, user)) };
-    let (over, span) = (running.over.clone(), running.span.clone());
-    let work = async move {
-        let answer = tokio::select! {
-            biased;
-            () = over.cancelled() => Err(task_over()),
-            answer = future => answer,
-        };
-        pending.send(answer);
-    };
-    // Not joined: `over` ends it together with the task. Its last action is the answer that the plugin must get.
-    running.data.runtime.spawn(tracing::Instrument::instrument(work, span));
+/// Answers on the calling thread, unless it is inside too many answers.
+fn reply_here(to: ReplyTo, answer: Answered, instance: Option<&Arc<Instance>>, task: Option<&Arc<TaskBytes>>) {
+    if to.is_none() {
+        return;
+    }
+    if NESTED.get() < NESTED_ANSWERS_MAX {
+        return reply_now(to, answer, task);
+    }
+    let task = task.cloned();
+    let reply = move || reply_now(to, answer, task.as_ref());
+    match instance {
+        Some(instance) => instance.dispatcher.run("callback", reply),
+        // Nobody else answers for an instance that does not exist. Not joined: it ends with the callback.
+        None => drop(std::thread::Builder::new().name("plugin-stale".to_owned()).spawn(reply)),
+    }
 }
 
 /// An answer that a plugin must get exactly once. It is also sent when its work panicked or the runtime ended.
 struct PendingAnswer {
-    dispatcher: Dispatcher,
+    instance: Arc<Instance>,
     bytes: Arc<TaskBytes>,
-    answer_to: Option<(Callback, User)>,
+    to: ReplyTo,
 }
 
 impl PendingAnswer {
-    fn send(&mut self, answer: Answer) {
-        if let Some((reply, user)) = self.answer_to.take() {
+    fn send(&mut self, answer: Answered) {
+        let to = self.to.take();
+        if to.is_some() {
             let bytes = Arc::clone(&self.bytes);
-            self.dispatcher.run("callback", move || reply_now(reply, user, answer, Some(&bytes)));
+            self.instance.dispatcher.run("callback", move || reply_now(to, answer, Some(&bytes)));
         }
     }
 }
 
 impl Drop for PendingAnswer {
     fn drop(&mut self) {
-        self.send(Err(PortError::new(PortErrorKind::Other, "the host failed inside this call; see its log")));
+        self.send(Err(host_failed()));
     }
 }
 
-/// A bug in the host must not unwind into a plugin.
-fn guarded<T>(work: impl FnOnce() -> Result<T, PortError>) -> Result<T, PortError> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
-        error!(event = "host.call_panicked", "a host call panicked");
-        Err(PortError::new(PortErrorKind::Other, "the host failed inside this call; see its log"))
-    })
+fn host_failed() -> PortError {
+    PortError::new(PortErrorKind::Other, "the host failed inside this call; see its log")
 }
+
+/// A bug in the host must not unwind into a plugin.
+fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
+    let done = catch_unwind(AssertUnwindSafe(work));
+    if done.is_err() {
+        error!(event = "host.call_panicked", "a host call panicked");
+    }
+    done.ok()
+}
+
+/// Makes a call for a task, and answers it.
+fn call(host: HostWord, task: Task, reply: Callback, user: *mut c_void, make: impl FnOnce(&Running) -> MadeCall) {
+    let to = reply_to(reply, user);
+    let Some(instance) = HOSTS.get(host.0) else { return reply_here(to, Err(task_over()), None, None) };
+    let Some(running) = instance.tasks.get(task.0) else {
+        return reply_here(to, Err(task_over()), Some(&instance), None);
+    };
+    let called = guarded(|| match make(&running) {
+        Ok(call) => running.calls.call(call),
+        Err(err) => Called::Now(Err(err)),
+    });
+    match called.unwrap_or_else(|| Called::Now(Err(host_failed()))) {
+        Called::Now(answer) => reply_here(to, answer, Some(&instance), Some(&running.bytes)),
+        Called::Later(work) => {
+            let mut pending = PendingAnswer { instance, bytes: Arc::clone(&running.bytes), to };
+            let work = async move {
+                let answer = work.await;
+                pending.send(answer);
+            };
+            // Not joined: the work ends with its task. Its last action is the answer that the plugin must get.
+            running.runtime.spawn(tracing::Instrument::instrument(work, running.span.clone()));
+        }
+    }
+}
+
+type MadeCall = Result<Call, PortError>;
 
 // ---------------------------------------------------------------------------------------------
 // The host's table. Safety of every entry: the plugin calls with values of the declared types. Texts are copied
 // before the entry returns, so no lent value is used later.
 
-fn host_table(log_level: u32) -> abi::Host {
-    abi::Host {
-        abi: abi::ABI_VERSION,
-        log_level,
-        log,
-        progress,
-        event,
-        cancelled,
-        cancel_reason,
-        token,
-        input_open,
-        input_read,
-        input_close,
-        input_file,
-        output_open,
-        output_write,
-        output_finish,
-        output_abort,
-        output_file,
-        complete,
-        task_dir,
-        usage,
-    }
-}
+const TABLE: abi::Host = abi::Host {
+    log,
+    cancelled,
+    complete,
+    progress,
+    event,
+    usage,
+    cancel_reason,
+    token,
+    task_dir,
+    input_open,
+    input_read,
+    input_close,
+    input_file,
+    output_open,
+    output_write,
+    output_finish,
+    output_abort,
+    output_file,
+};
 
-/// Removes the plugin's name from the fields of a line that belongs to no task. The SDK adds that name.
-fn named(fields: &str) -> Option<(String, String)> {
-    let mut fields: serde_json::Map<String, serde_json::Value> = serde_json::from_str(fields).ok()?;
-    let plugin = fields.remove("plugin")?.as_str()?.to_owned();
-    let rest = if fields.is_empty() { String::new() } else { serde_json::Value::Object(fields).to_string() };
-    Some((plugin, rest))
-}
-
-unsafe extern "C" fn log(task: Task, level: u32, target: Str, text: Str, fields: Str) {
-    // SAFETY: lent for this call.
-    let (target, text, fields) = unsafe {
-        let fields = copy_lossy(fields, text::LOG_FIELDS_READ_BYTES_MAX);
-        (copy_lossy(target, LOG_TARGET_BYTES_MAX), copy_lossy(text, LOG_TEXT_BYTES_MAX), fields)
-    };
+unsafe extern "C" fn log(host: HostWord, task: Task, level: u32, target: Str, text: Str, fields: Str) {
     let _ = guarded(|| {
-        let running = if task.0 == 0 { None } else { TASKS.get(task) };
-        // A runner may log its tokens, in a line or in the text of a panic. The thread may also belong to no known
-        // task.
-        let tokens = match &running {
-            Some(running) => running.bearers(),
-            None => TASKS.all().iter().flat_map(|running| running.bearers()).collect(),
-        };
-        let (mut text, mut fields) = (text, text::bounded_fields(fields, LOG_FIELDS_BYTES_MAX));
-        redact(&mut text, &tokens);
-        redact(&mut fields, &tokens);
-        let (plugin, span, fields) = match &running {
-            Some(running) => (running.plugin.to_string(), running.span.clone(), fields),
-            None => {
-                let (plugin, fields) = named(&fields).unwrap_or_else(|| ("?".to_owned(), fields));
-                (plugin, Span::none(), fields)
+        let Some(instance) = HOSTS.get(host.0).filter(|instance| level.max(1) <= instance.log_level()) else { return };
+        // SAFETY: lent for this call.
+        let line = unsafe {
+            LogLine {
+                level,
+                target: copy_lossy(target, LOG_TARGET_BYTES_MAX),
+                text: copy_lossy(text, LOG_TEXT_BYTES_MAX),
+                fields: copy_lossy(fields, text::LOG_FIELDS_READ_BYTES_MAX),
             }
         };
-        let _entered = span.enter();
-        let (plugin, plugin_fields) = (plugin.as_str(), Some(fields.as_str()).filter(|fields| !fields.is_empty()));
-        match level {
-            1 => error!(plugin, plugin_target = target, plugin_fields, "{text}"),
-            2 => warn!(plugin, plugin_target = target, plugin_fields, "{text}"),
-            3 => info!(plugin, plugin_target = target, plugin_fields, "{text}"),
-            4 => debug!(plugin, plugin_target = target, plugin_fields, "{text}"),
-            _ => trace!(plugin, plugin_target = target, plugin_fields, "{text}"),
-        }
-        Ok(())
+        instance.log(task, line);
     });
 }
 
-unsafe extern "C" fn progress(task: Task, json: Str, reply: Callback, user: *mut c_void) {
+unsafe extern "C" fn cancelled(host: HostWord, task: Task) -> i32 {
+    let answer = guarded(|| HOSTS.get(host.0).map(|instance| instance.cancelled(task)));
+    answer.flatten().unwrap_or(Status::STALE.0)
+}
+
+unsafe extern "C" fn complete(host: HostWord, task: Task, end: End, text: Str, details: Str) -> Status {
+    let ended = guarded(|| {
+        let Some(instance) = HOSTS.get(host.0) else { return Status::STALE };
+        // SAFETY: lent for this call.
+        let (text, details) = unsafe {
+            // Truncated JSON is invalid.
+            let left_out = (details.len > text::DETAILS_BYTES_MAX).then(|| json!({ "left_out_bytes": details.len }));
+            let details = left_out.map_or_else(|| copy_lossy(details, usize::MAX), |left_out| left_out.to_string());
+            (copy_lossy(text, REASON_BYTES_MAX), details)
+        };
+        instance.complete(task, Completion { end, text, details })
+    });
+    ended.unwrap_or(Status::OTHER)
+}
+
+unsafe extern "C" fn progress(host: HostWord, task: Task, json: Str, reply: Callback, user: *mut c_void) {
     // SAFETY: lent for this call.
-    let json = unsafe { copy(json) };
-    answer_now(task, reply, user, |running| {
-        running.held_lease.progress.progress(parse(&json?)?).map_err(limit)?;
-        Ok(Bytes::new())
-    });
+    call(host, task, reply, user, |_| unsafe { copy(json) }.map(Call::Progress));
 }
 
-unsafe extern "C" fn event(task: Task, json: Str, reply: Callback, user: *mut c_void) {
+unsafe extern "C" fn event(host: HostWord, task: Task, json: Str, reply: Callback, user: *mut c_void) {
     // SAFETY: lent for this call.
-    let json = unsafe { copy(json) };
-    answer_now(task, reply, user, |running| {
-        running.held_lease.progress.event(parse(&json?)?).map_err(limit)?;
-        Ok(Bytes::new())
-    });
+    call(host, task, reply, user, |_| unsafe { copy(json) }.map(Call::Event));
 }
 
-unsafe extern "C" fn usage(task: Task, json: Str, reply: Callback, user: *mut c_void) {
+unsafe extern "C" fn usage(host: HostWord, task: Task, json: Str, reply: Callback, user: *mut c_void) {
     // SAFETY: lent for this call.
-    let json = unsafe { copy(json) };
-    answer_now(task, reply, user, |running| {
-        let used: Usage =
-            serde_json::from_str(&json?).map_err(|err| bad_request(format!("usage is not valid: {err}")))?;
-        if used.usd_cost < 0.0 {
-            return Err(bad_request(format!("usd_cost is {}, expected 0 or more", used.usd_cost)));
-        }
-        running.held_lease.add_usage(used);
-        Ok(Bytes::new())
-    });
+    call(host, task, reply, user, |_| unsafe { copy(json) }.map(Call::Usage));
 }
 
-unsafe extern "C" fn cancelled(task: Task) -> i32 {
-    let answer = catch_unwind(|| match TASKS.get(task) {
-        Some(running) => i32::from(running.held_lease.cancel.reason().is_some()),
-        None => Status::STALE.0,
-    });
-    answer.unwrap_or(Status::STALE.0)
+unsafe extern "C" fn cancel_reason(host: HostWord, task: Task, reply: Callback, user: *mut c_void) {
+    call(host, task, reply, user, |_| Ok(Call::CancelReason));
 }
 
-unsafe extern "C" fn cancel_reason(task: Task, reply: Callback, user: *mut c_void) {
-    answer_now(task, reply, user, |running| {
-        let word = running.held_lease.cancel.reason().map_or("", |reason| reason.as_str());
-        Ok(Bytes::from_static(word.as_bytes()))
-    });
+unsafe extern "C" fn token(host: HostWord, task: Task, reply: Callback, user: *mut c_void) {
+    call(host, task, reply, user, |_| Ok(Call::Token));
 }
 
-unsafe extern "C" fn token(task: Task, reply: Callback, user: *mut c_void) {
-    answer_later(task, reply, user, |running| {
-        if !running.grant_token {
-            let text = "this plugin was not granted the token; the operator can set grant = [\"token\"]";
-            return Err(PortError::new(PortErrorKind::Unsupported, text));
-        }
-        Ok(async move {
-            if let Setup::Refused(text) = running.held_lease.setup().await {
-                return Err(PortError::new(PortErrorKind::Setup, text));
-            }
-            match running.held_lease.token() {
-                Some(token) => Ok(Bytes::copy_from_slice(token.expose().as_bytes())),
-                None => Err(PortError::new(PortErrorKind::Unsupported, "this lease carries no token")),
-            }
-        })
-    });
+unsafe extern "C" fn task_dir(host: HostWord, task: Task, reply: Callback, user: *mut c_void) {
+    // Always answered before it returns: the caller is a thread of the plugin. It would create the directory itself
+    // and wait as long.
+    let nested = NESTED.replace(0);
+    call(host, task, reply, user, |_| Ok(Call::TaskDir));
+    NESTED.set(nested);
 }
 
-unsafe extern "C" fn input_open(task: Task, cid: Str, reply: Callback, user: *mut c_void) {
+unsafe extern "C" fn input_open(host: HostWord, task: Task, cid: Str, flags: u64, reply: Callback, user: *mut c_void) {
     // SAFETY: lent for this call.
-    let cid = unsafe { copy(cid) };
-    answer_later(task, reply, user, |running| {
-        let cid = cid?;
-        Ok(async move {
-            let stream = running.data.ports.open(&cid).await?;
-            let mut answer = serde_json::to_value(stream.meta()).map_err(internal)?;
-            let reading = Reading { stream, rest: Bytes::new(), held: None };
-            let id = running.add(Stream::Input(Arc::new(tokio::sync::Mutex::new(reading))))?;
-            answer["stream"] = json!(id);
-            Ok(Bytes::from(answer.to_string()))
-        })
-    });
+    call(host, task, reply, user, |_| Ok(Call::InputOpen { cid: unsafe { copy(cid) }?, flags }));
 }
 
-unsafe extern "C" fn input_read(task: Task, stream: u64, max: u64, reply: Callback, user: *mut c_void) {
-    answer_later(task, reply, user, |running| {
-        let Stream::Input(reading) = running.stream(stream)? else { return Err(wrong_direction(stream)) };
-        let (holds, max) = (max > PIECE_BYTES_MAX, max.clamp(1, PIECE_BYTES_MAX));
-        let max = usize::try_from(max).expect("a piece fits in memory");
-        Ok(async move {
-            let mut reading = reading.lock().await;
-            let budget = running.data.ports.budget();
-            if holds && reading.held.is_none() {
-                let size = reading.stream.meta().size.unwrap_or_default();
-                reading.held = Some(budget.reserve(size).await.map_err(over_budget)?);
-            }
-            // An empty answer means the end. Therefore an empty piece is not passed on.
-            while reading.rest.is_empty() {
-                let Some(piece) = reading.stream.next().await? else { break };
-                reading.rest = piece;
-            }
-            let take = reading.rest.len().min(max);
-            let piece = reading.rest.split_to(take);
-            Ok(if piece.is_empty() { piece } else { budget.count(take as u64).tie(piece) })
-        })
-    });
+unsafe extern "C" fn input_read(host: HostWord, task: Task, stream: u64, max: u64, reply: Callback, user: *mut c_void) {
+    call(host, task, reply, user, |_| Ok(Call::InputRead { stream, max }));
 }
 
-unsafe extern "C" fn input_close(task: Task, stream: u64, reply: Callback, user: *mut c_void) {
-    answer_now(task, reply, user, |running| {
-        running.take(stream);
-        Ok(Bytes::new())
-    });
+unsafe extern "C" fn input_close(host: HostWord, task: Task, stream: u64, reply: Callback, user: *mut c_void) {
+    call(host, task, reply, user, |_| Ok(Call::InputClose { stream }));
 }
 
-unsafe extern "C" fn input_file(task: Task, cid: Str, reply: Callback, user: *mut c_void) {
+unsafe extern "C" fn input_file(host: HostWord, task: Task, cid: Str, reply: Callback, user: *mut c_void) {
     // SAFETY: lent for this call.
-    let cid = unsafe { copy(cid) };
-    answer_later(task, reply, user, |running| {
-        let cid = cid?;
-        Ok(async move {
-            running.make_folder()?;
-            let input = running.data.ports.materialize(&cid).await?;
-            serde_json::to_vec(&input).map(Bytes::from).map_err(internal)
-        })
-    });
+    call(host, task, reply, user, |_| Ok(Call::InputFile { cid: unsafe { copy(cid) }? }));
 }
 
-unsafe extern "C" fn output_open(task: Task, spec: Str, reply: Callback, user: *mut c_void) {
+unsafe extern "C" fn output_open(
+    host: HostWord,
+    task: Task,
+    path: Str,
+    options: Str,
+    reply: Callback,
+    user: *mut c_void,
+) {
     // SAFETY: lent for this call.
-    let spec = unsafe { copy(spec) };
-    answer_later(task, reply, user, |running| {
-        let spec = artifact_spec(&spec?)?;
-        Ok(async move {
-            running.make_folder()?;
-            let stream = running.data.ports.create(spec).await?;
-            let id = running.add(Stream::Output(Arc::new(tokio::sync::Mutex::new(Some(stream)))))?;
-            Ok(Bytes::from(json!({ "stream": id }).to_string()))
-        })
-    });
+    call(host, task, reply, user, |_| unsafe { Ok(Call::OutputOpen { path: copy(path)?, options: copy(options)? }) });
 }
 
-unsafe extern "C" fn output_write(task: Task, stream: u64, data: abi::Bytes, reply: Callback, user: *mut c_void) {
+unsafe extern "C" fn output_write(
+    host: HostWord,
+    task: Task,
+    stream: u64,
+    data: abi::Bytes,
+    reply: Callback,
+    user: *mut c_void,
+) {
     // SAFETY: handed over by this call.
     let mut data = unsafe { Foreign::new(data) };
-    answer_later(task, reply, user, |running| {
-        data.held = Some(running.bytes.hold(data.as_ref().len()));
-        let Stream::Output(writing) = running.stream(stream)? else { return Err(wrong_direction(stream)) };
-        Ok(async move {
-            let mut writing = writing.lock().await;
-            let writer = writing.as_mut().ok_or_else(|| wrong_direction(stream))?;
-            let (size, budget) = (data.as_ref().len() as u64, running.data.ports.budget());
-            if size > 0 {
-                let charge = match size > PIECE_BYTES_MAX {
-                    true => budget.reserve(size).await.map_err(over_budget)?,
-                    false => budget.count(size),
-                };
-                writer.write(charge.tie(data)).await?;
-            }
-            Ok(Bytes::new())
-        })
+    call(host, task, reply, user, |running| {
+        let len = data.slice()?.len();
+        data.held = Some(running.bytes.hold(len));
+        Ok(Call::OutputWrite { stream, data: Bytes::from_owner(data) })
     });
 }
 
-unsafe extern "C" fn output_finish(task: Task, stream: u64, reply: Callback, user: *mut c_void) {
-    answer_later(task, reply, user, |running| {
-        let Some(Stream::Output(writing)) = running.take(stream) else { return Err(wrong_direction(stream)) };
-        Ok(async move {
-            let writer = writing.lock().await.take().ok_or_else(|| wrong_direction(stream))?;
-            published(writer.finish().await?)
-        })
-    });
+unsafe extern "C" fn output_finish(host: HostWord, task: Task, stream: u64, reply: Callback, user: *mut c_void) {
+    call(host, task, reply, user, |_| Ok(Call::OutputFinish { stream }));
 }
 
-unsafe extern "C" fn output_abort(task: Task, stream: u64, reply: Callback, user: *mut c_void) {
-    answer_later(task, reply, user, |running| {
-        let taken = running.take(stream);
-        Ok(async move {
-            if let Some(Stream::Output(writing)) = taken
-                && let Some(writer) = writing.lock().await.take()
-            {
-                writer.abort().await;
-            }
-            Ok(Bytes::new())
-        })
-    });
+unsafe extern "C" fn output_abort(host: HostWord, task: Task, stream: u64, reply: Callback, user: *mut c_void) {
+    call(host, task, reply, user, |_| Ok(Call::OutputAbort { stream }));
 }
 
-unsafe extern "C" fn output_file(task: Task, spec: Str, path: Str, reply: Callback, user: *mut c_void) {
+unsafe extern "C" fn output_file(
+    host: HostWord,
+    task: Task,
+    path: Str,
+    options: Str,
+    file: Str,
+    reply: Callback,
+    user: *mut c_void,
+) {
     // SAFETY: lent for this call.
-    let (spec, path) = unsafe { (copy(spec), copy(path)) };
-    answer_later(task, reply, user, |running| {
-        let (spec, path) = (artifact_spec(&spec?)?, path?);
-        Ok(async move { published(running.data.ports.put_file(spec, Path::new(&path)).await?) })
+    call(host, task, reply, user, |_| unsafe {
+        Ok(Call::OutputFile { path: copy(path)?, options: copy(options)?, file: copy(file)? })
     });
-}
-
-unsafe extern "C" fn complete(task: Task, status: Status, text: Str, details: Str) -> Status {
-    // SAFETY: lent for this call.
-    let (text, details) = unsafe {
-        // Truncated JSON is invalid.
-        let left_out = (details.len > text::DETAILS_BYTES_MAX).then(|| json!({ "left_out_bytes": details.len }));
-        let details = left_out.map_or_else(|| copy_lossy(details, usize::MAX), |left_out| left_out.to_string());
-        (copy_lossy(text, REASON_BYTES_MAX), details)
-    };
-    let ended = guarded(|| {
-        // The handle is retired at once. All later calls of the plugin for this task are stale.
-        let Some(running) = TASKS.get(task) else {
-            super::stuck::returned(task);
-            return Ok(Status::STALE);
-        };
-        TASKS.remove(task);
-        let completion_sender = running.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(completion_sender) = completion_sender else { return Ok(Status::STALE) };
-        let completion = Completion { status, text, details };
-        // The receiver is gone when the task was abandoned as stuck.
-        if completion_sender.send(completion).is_ok() {
-            return Ok(Status::OK);
-        }
-        super::stuck::returned(task);
-        Ok(Status::STALE)
-    });
-    ended.unwrap_or(Status::FAILED)
-}
-
-unsafe extern "C" fn task_dir(task: Task, reply: Callback, user: *mut c_void) {
-    // Answered at once: the caller is a thread of the plugin. It would create the directory itself and wait as
-    // long.
-    answer_now(task, reply, user, |running| running.make_folder().map(|()| Bytes::new()));
-}
-
-fn bad_request(text: String) -> PortError {
-    PortError::new(PortErrorKind::BadRequest, text)
-}
-
-fn parse(json: &str) -> Result<serde_json::Value, PortError> {
-    serde_json::from_str(json).map_err(|err| bad_request(format!("expected JSON: {err}")))
-}
-
-fn artifact_spec(json: &str) -> Result<ArtifactSpec, PortError> {
-    serde_json::from_str(json).map_err(|err| bad_request(format!("expected an artifact spec: {err}")))
-}
-
-fn published(id: Option<String>) -> Answer {
-    Ok(Bytes::from(json!({ "id": id }).to_string()))
-}
-
-fn wrong_direction(stream: u64) -> PortError {
-    bad_request(format!("stream {stream} is not open in this direction"))
-}
-
-#[allow(clippy::needless_pass_by_value, reason = "used as a function of map_err")]
-fn limit(err: crate::model::ProgressError) -> PortError {
-    PortError::new(PortErrorKind::Limit, err.to_string())
-}
-
-#[allow(clippy::needless_pass_by_value, reason = "used as a function of map_err")]
-fn over_budget(err: crate::model::OverBudget) -> PortError {
-    PortError::new(PortErrorKind::Limit, err.to_string())
-}
-
-#[allow(clippy::needless_pass_by_value, reason = "used as a function of map_err")]
-fn internal(err: serde_json::Error) -> PortError {
-    PortError::new(PortErrorKind::Other, err.to_string())
 }

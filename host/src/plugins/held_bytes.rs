@@ -82,11 +82,6 @@ impl TaskBytes {
             self.plugin.add(held);
         }
     }
-
-    /// The counter of the plugin, which includes this task.
-    pub(super) fn plugin(&self) -> &Arc<Unreleased> {
-        &self.plugin
-    }
 }
 
 /// Counts bytes as held until it is dropped.

@@ -149,7 +149,7 @@ pub(super) fn inspect(bytes: &[u8]) -> Result<Facts, InstallError> {
         return Err(InstallError::NotALibrary { found: "a program".to_owned() });
     }
     if !exports(abi::ENTRY) {
-        return Err(InstallError::NoEntry);
+        return Err(if exports(abi::ENTRY_V1) { InstallError::FirstDraft } else { InstallError::NoEntry });
     }
     let manifest = manifest(&file)?;
     Ok(Facts {

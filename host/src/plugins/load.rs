@@ -4,11 +4,11 @@
 //! file. Thus code of one plugin cannot change what another plugin will run.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     ffi::c_void,
     io::Read,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, mpsc},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
     time::{Duration, Instant},
 };
 
@@ -22,8 +22,9 @@ use super::{
     discover::Found,
     dispatch::Dispatcher,
     error::is_out_of_files,
-    ffi::{self, Entries},
+    ffi::{self, Entries, Published},
     inspect::{Facts, inspect},
+    instance::{Created, Instance},
     open::Sealed,
     writable,
 };
@@ -42,10 +43,13 @@ pub(super) struct Verified {
     sealed: Sealed,
 }
 
-/// A library that is mapped and has accepted its config.
+/// An instance of a mapped library. It has accepted its config.
 pub(super) struct Loaded {
-    pub(super) dispatcher: Dispatcher,
+    pub(super) instance: Arc<Instance>,
+    pub(super) published: Arc<Published>,
     pub(super) entries: Entries,
+    /// The plugin's number for the instance.
+    pub(super) number: abi::Instance,
     /// Built with the SDK of this repository.
     pub(super) rust: bool,
 }
@@ -178,37 +182,61 @@ fn chosen(facts: &Facts, settings: &Settings) -> Result<Vec<Capability>, Install
     Ok(all.into_iter().filter(wanted).collect())
 }
 
-/// Opens a checked file and initialises its plugin on the plugin's own thread. A constructor or an `init` that
-/// hangs blocks one thread, not the host.
+/// Opens a checked file and creates an instance on the instance's own thread. A constructor or a `create` that hangs
+/// blocks one thread, not the host.
 pub(super) fn open(verified: Verified, limit: Duration, log_level: u32) -> Result<Loaded, InstallError> {
-    let name: Arc<str> = verified.facts.manifest.name.as_str().into();
-    let dispatcher =
-        Dispatcher::start(name).map_err(|err| InstallError::Open { reason: format!("no thread for it: {err}") })?;
-    let config = serde_json::Value::Object(verified.settings.config.clone()).to_string();
-    let (sealed, rust) = (verified.sealed, verified.facts.rust);
+    let Verified { settings, sha256, facts, capabilities, sealed, .. } = verified;
+    let name: Arc<str> = settings.name.as_deref().unwrap_or(&facts.manifest.name).into();
+    let dispatcher = Dispatcher::start(Arc::clone(&name))
+        .map_err(|err| InstallError::Open { reason: format!("no thread for it: {err}") })?;
+    let (created_sender, created) = mpsc::channel();
+    let instance = Arc::new(Instance::new(name, dispatcher, log_level, created_sender));
+    let published = Arc::new(Published::new(Arc::clone(&instance)));
+    let config = serde_json::Value::Object(settings.config).to_string();
+    let capabilities: Vec<String> = capabilities.iter().map(ToString::to_string).collect();
+    let rust = facts.rust;
     let began = Instant::now();
     let (entries_sender, opened) = mpsc::channel();
-    let (answer, answered) = mpsc::channel();
-    dispatcher.run("init", move || {
-        let entries = map(sealed, rust);
+    let known_to = Arc::clone(&published);
+    instance.dispatcher.run("create", move || {
+        let entries = opened_once(&sha256, sealed, rust);
         let begun = entries.as_ref().ok().copied();
         // The receiver is gone after the time limit.
         let _ = entries_sender.send(entries);
         if let Some(entries) = begun {
-            entries.init(&config, log_level, answer);
+            entries.create(&known_to, &config, &capabilities);
         }
     });
-    let hung = |_| InstallError::InitHung { limit };
     let entries = opened.recv_timeout(limit).map_err(|_| InstallError::OpenHung { limit })??;
     let left = limit.saturating_sub(began.elapsed());
-    match answered.recv_timeout(left).map_err(hung)? {
-        (Status::OK, _) => Ok(Loaded { dispatcher, entries, rust }),
-        (Status::PANICKED, reason) => Err(InstallError::InitPanicked { reason: one_line(&reason) }),
-        (_, reason) if reason.trim().is_empty() => {
-            Err(InstallError::InitFailed { reason: "the plugin gave no reason".to_owned() })
+    let Created { status, number, text } =
+        created.recv_timeout(left).map_err(|_| InstallError::CreateHung { limit })?;
+    match status {
+        Status::OK => Ok(Loaded { instance, published, entries, number: abi::Instance(number), rust }),
+        Status::PANICKED => Err(InstallError::CreatePanicked { reason: one_line(&text) }),
+        _ if text.trim().is_empty() => {
+            Err(InstallError::CreateFailed { reason: "the plugin gave no reason".to_owned() })
         }
-        (_, reason) => Err(InstallError::InitFailed { reason: one_line(&reason) }),
+        _ => Err(InstallError::CreateFailed { reason: one_line(&text) }),
     }
+}
+
+/// Maps a library, or returns the entries of the one that is mapped already: equal bytes are mapped once in a process.
+/// A library that hangs while it is opened blocks only those who open the same bytes.
+fn opened_once(sha256: &str, sealed: Sealed, rust: bool) -> Result<Entries, InstallError> {
+    static OPENED: Mutex<BTreeMap<String, Arc<Mutex<Option<Entries>>>>> = Mutex::new(BTreeMap::new());
+    let opened = Arc::clone(lock(&OPENED).entry(sha256.to_owned()).or_default());
+    let mut opened = lock(&opened);
+    if let Some(entries) = *opened {
+        return Ok(entries);
+    }
+    let entries = map(sealed, rust)?;
+    *opened = Some(entries);
+    Ok(entries)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn map(sealed: Sealed, rust: bool) -> Result<Entries, InstallError> {

@@ -4,20 +4,23 @@
 //! boundary are in `ffi`. Opening is in `open`. Every reason to reject a library is an [`InstallError`]. One bad
 //! plugin never stops the others.
 
+mod backend;
 mod config;
 mod discover;
 mod dispatch;
 mod ended;
 mod error;
+mod executor;
 mod ffi;
+mod handles;
 mod held_bytes;
 mod inspect;
+mod instance;
 mod load;
 mod open;
 mod run;
 mod scaffold;
 mod stuck;
-mod tasks;
 mod text;
 mod threads;
 mod writable;
@@ -204,7 +207,7 @@ impl Plugins {
             match load::open(plugin, config.init_limit, config.log_level) {
                 Ok(opened) => {
                     let slots = settings.max_concurrency.unwrap_or(config.max_concurrency);
-                    let plugin = Arc::new(Plugin::new(&name, opened, settings.grant_token, slots));
+                    let plugin = Arc::new(Plugin::new(opened, settings.grant_token, slots));
                     for capability in &capabilities {
                         by_capability.insert(capability.clone(), Arc::clone(&plugin));
                         ids.insert(capability.clone(), PluginId { name: plugin.name(), sha256: Arc::clone(&sha256) });
@@ -319,10 +322,23 @@ impl Plugins {
         listings
     }
 
-    /// Number of calls since the process began that named a task which was over or never existed.
+    /// Number of calls that named a task which was over or never existed.
     #[must_use]
-    pub fn stale_calls() -> u64 {
-        ffi::stale_calls()
+    pub fn stale_calls(&self) -> u64 {
+        self.loaded.iter().map(|(_, plugin)| plugin.stale_calls()).sum()
+    }
+
+    /// Number of runners that ignored their cancellation.
+    #[must_use]
+    pub fn stuck_runners(&self) -> u64 {
+        self.loaded.iter().map(|(_, plugin)| u64::from(plugin.faults().strikes())).sum()
+    }
+
+    /// Changes the most verbose level that plugins should send: 1 is error, 5 is trace, 0 is none.
+    pub fn set_log_level(&self, level: u32) {
+        for (_, plugin) in &self.loaded {
+            plugin.set_log_level(level);
+        }
     }
 
     /// Notifies every plugin that the process ends within `deadline`.

@@ -2,26 +2,24 @@
 
 use std::{
     future::Future,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-use runner_sdk::abi::Status;
-use serde::Serialize;
-use serde_json::{Value, value::RawValue};
-use tokio::{
-    runtime::Handle,
-    sync::{Semaphore, oneshot},
-};
+use runner_sdk::abi::End;
+use serde_json::Value;
+use tokio::{runtime::Handle, sync::Semaphore};
 
 use super::{
     Plugins,
-    dispatch::{Dispatcher, Hanging},
-    ffi::{self, Completion, Entries},
-    held_bytes::{TaskBytes, Unreleased},
+    backend::TaskBackend,
+    dispatch::Hanging,
+    executor::{Executor, InProcess, Request},
+    ffi::Published,
+    instance::{Completion, Instance},
     load::Loaded,
-    stuck::{self, Faults},
+    stuck::Faults,
 };
 use crate::{
     model::{CancelReason, HeldLease, Outcome, Ports, SetupStage},
@@ -60,37 +58,24 @@ pub struct Folder {
     pub make: Arc<dyn Fn() -> Result<(), String> + Send + Sync>,
 }
 
-/// The start request of a task for the plugin.
-#[derive(Serialize)]
-struct Request<'a> {
-    capability: &'a str,
-    dir: &'a Path,
-    lease: &'a RawValue,
-}
-
-impl Request<'_> {
-    /// The request as JSON.
-    fn text(&self) -> serde_json::Result<String> {
-        let bytes = self.lease.get().len() + 2 * self.dir.as_os_str().len() + self.capability.len() + 64;
-        let mut text = Vec::with_capacity(bytes);
-        serde_json::to_writer(&mut text, self)?;
-        Ok(String::from_utf8(text).expect("JSON is text"))
-    }
+/// The access to a task's data, and the runtime that moves the data.
+pub(super) struct TaskData {
+    pub(super) ports: Arc<dyn Ports>,
+    pub(super) folder: Folder,
+    pub(super) runtime: Handle,
 }
 
 /// A loaded plugin.
 pub(super) struct Plugin {
-    name: Arc<str>,
-    dispatcher: Dispatcher,
-    entries: Entries,
+    instance: Arc<Instance>,
+    executor: InProcess,
     grant_token: bool,
     slots: Semaphore,
     slots_max: usize,
-    faults: Faults,
     shown: Mutex<Shown>,
-    unreleased: Arc<Unreleased>,
     /// The task directory must exist when a task starts. The SDK creates it by itself.
     needs_folder: bool,
+    _published: Arc<Published>,
 }
 
 /// What the last review of the plugin found.
@@ -111,27 +96,25 @@ pub(super) struct Changes {
 }
 
 impl Plugin {
-    pub(super) fn new(name: &str, loaded: Loaded, grant_token: bool, slots: usize) -> Self {
-        let Loaded { dispatcher, entries, rust } = loaded;
+    pub(super) fn new(loaded: Loaded, grant_token: bool, slots: usize) -> Self {
+        let Loaded { instance, published, entries, number, rust } = loaded;
         Self {
-            name: name.into(),
-            dispatcher,
-            entries,
+            executor: InProcess { instance: Arc::clone(&instance), entries, number },
+            instance,
             grant_token,
             slots: Semaphore::new(slots),
             slots_max: slots,
-            faults: Faults::default(),
-            unreleased: Arc::default(),
             shown: Mutex::default(),
             needs_folder: !rust,
+            _published: published,
         }
     }
 
     /// Checks for hanging calls.
     pub(super) fn review(&self, events: &NodeEvents) -> Changes {
-        let hanging = self.dispatcher.hanging();
-        self.faults.check_hanging(hanging, self.slots_max);
-        let out_of_service = self.faults.out_of_service().is_some();
+        let hanging = self.instance.dispatcher.hanging();
+        self.instance.faults.check_hanging(hanging, self.slots_max);
+        let out_of_service = self.instance.faults.out_of_service().is_some();
         if out_of_service {
             self.slots.close();
         }
@@ -162,52 +145,52 @@ impl Plugin {
 
     /// Number of calls into the plugin that hang now.
     pub(super) fn hanging_calls(&self) -> usize {
-        self.dispatcher.hanging().calls
+        self.instance.dispatcher.hanging().calls
     }
 
     /// The reason why a thread for its calls cannot be created, if there is one.
     pub(super) fn no_thread(&self) -> Option<String> {
-        self.dispatcher.no_thread()
+        self.instance.dispatcher.no_thread()
     }
 
     /// Tries again to create a thread after a failure.
     pub(super) fn retry_thread(&self) {
-        self.dispatcher.retry_thread();
+        self.instance.dispatcher.retry_thread();
     }
 
     pub(super) fn name(&self) -> Arc<str> {
-        Arc::clone(&self.name)
+        Arc::clone(&self.instance.name)
     }
 
     /// Begins the plugin's shutdown. The future waits until the shutdown ends.
     pub(super) fn shutdown(&self, deadline: Duration) -> impl Future<Output = ()> + use<> {
-        let (ended, done) = oneshot::channel();
-        let entries = self.entries;
-        self.dispatcher.run("shutdown", move || {
-            entries.shutdown(deadline);
-            // The receiver is gone after the deadline.
-            let _ = ended.send(());
-        });
-        async move {
-            // An error means that the thread has ended. That also ends the wait.
-            let _ = done.await;
-        }
+        self.executor.shutdown(deadline)
+    }
+
+    /// Changes the most verbose level that the plugin should send.
+    pub(super) fn set_log_level(&self, level: u32) {
+        self.executor.set_log_level(level);
+    }
+
+    /// Number of its calls that named a task which was over or never existed.
+    pub(super) fn stale_calls(&self) -> u64 {
+        self.instance.tasks.stale_calls()
     }
 
     /// Bytes that its ended tasks still hold.
     pub(super) fn unreleased_bytes(&self) -> u64 {
-        self.unreleased.bytes()
+        self.instance.unreleased.bytes()
     }
 
     /// The faults of the plugin.
     pub(super) fn faults(&self) -> &Faults {
-        &self.faults
+        &self.instance.faults
     }
 
     /// The reason why the plugin takes no work, if there is one. It is the outcome of a task leased for it.
     pub(super) fn refusal(&self) -> Option<Outcome> {
-        let reason = self.faults.out_of_service()?;
-        let message = format!("plugin {} is out of service: {reason}", self.name);
+        let reason = self.instance.faults.out_of_service()?;
+        let message = format!("plugin {} is out of service: {reason}", self.instance.name);
         Some(Outcome::Setup { stage: SetupStage::StartSession, message })
     }
 
@@ -221,17 +204,9 @@ impl Plugin {
             return self.refusal().expect("slots are closed when the plugin goes out of service");
         };
         began();
-        let request = Request {
-            capability: held_lease.lease.capability.as_str(),
-            dir: &folder.path,
-            lease: &held_lease.lease.document,
-        };
-        let request = match request.text() {
-            Ok(request) => request,
-            // The folder's name is not valid text, so JSON cannot hold it.
-            Err(err) => {
-                return Outcome::HostFault { message: format!("task directory {}: {err}", folder.path.display()) };
-            }
+        let Some(dir) = folder.path.to_str().map(str::to_owned) else {
+            let message = format!("task directory {}: its path is not UTF-8", folder.path.display());
+            return Outcome::HostFault { message };
         };
         if self.needs_folder {
             let make = Arc::clone(&folder.make);
@@ -240,29 +215,20 @@ impl Plugin {
                 return Outcome::Storage { message };
             }
         }
-        let data = ffi::TaskData { ports, folder, runtime: workers };
-        let bytes = TaskBytes::new(Arc::clone(&self.unreleased));
-        let (entered, mut ended) = ffi::enter(
-            Arc::clone(&self.name),
-            self.dispatcher.clone(),
-            self.grant_token,
-            held_lease.clone(),
-            data,
-            bytes,
-        );
-        let (entries, task) = (self.entries, entered.task);
-        self.dispatcher.run("start", move || entries.start(task, &request));
+        let data = TaskData { ports, folder, runtime: workers };
+        let backend = TaskBackend { held_lease: held_lease.clone(), data, grant_token: self.grant_token };
+        let mut run = self.executor.start(Request { held_lease: held_lease.clone(), dir }, backend);
         let completion = tokio::select! {
             biased;
-            ended = &mut ended => ended,
+            ended = &mut run.ended => ended,
             _ = held_lease.cancel.cancelled() => {
-                self.dispatcher.run("cancel", move || entries.cancel(task));
-                match tokio::time::timeout(cancel_grace, ended).await {
+                self.executor.cancel(run.task);
+                match tokio::time::timeout(cancel_grace, &mut run.ended).await {
                     Ok(ended) => ended,
                     Err(_) => {
                         let leased = held_lease.lease.task().clone();
-                        self.faults.abandon(&self.name, task, leased, cancel_grace, &events);
-                        if self.faults.out_of_service().is_some() {
+                        self.instance.faults.abandon(&self.instance.name, run.task, leased, cancel_grace, &events);
+                        if self.instance.faults.out_of_service().is_some() {
                             // Tasks that wait for a slot must not wait forever.
                             self.slots.close();
                         }
@@ -272,7 +238,7 @@ impl Plugin {
                 }
             }
         };
-        drop(entered);
+        drop(run);
         match completion {
             Ok(completion) => outcome(&held_lease, completion),
             Err(_) => Outcome::HostFault { message: "the plugin's task ended without a completion".to_owned() },
@@ -294,35 +260,29 @@ impl Plugins {
             None => Outcome::NoRunner,
         }
     }
-
-    /// Number of runners that ignored their cancellation since the process began.
-    #[must_use]
-    pub fn stuck_runners() -> u64 {
-        stuck::total()
-    }
 }
 
 fn outcome(held_lease: &HeldLease, completion: Completion) -> Outcome {
-    let Completion { status, text, details } = completion;
+    let Completion { end, text, details } = completion;
     match held_lease.cancel.reason() {
         // A task that completed during a drain is reported as completed.
-        Some(CancelReason::Drained) if status == Status::OK => return Outcome::Completed,
+        Some(CancelReason::Drained) if end == End::OK => return Outcome::Completed,
         Some(reason) => return Outcome::of_cancel(reason),
         None => {}
     }
     let message = if text.trim().is_empty() { "the runner gave no reason".to_owned() } else { text };
     let details = || serde_json::from_str(&details).unwrap_or(Value::Null);
-    match status {
-        Status::OK => Outcome::Completed,
-        Status::PANICKED => {
+    match end {
+        End::OK => Outcome::Completed,
+        End::PANICKED => {
             let place = details()["place"].as_str().unwrap_or("unknown place").to_owned();
             Outcome::Panicked { message, place }
         }
-        Status::STORAGE => Outcome::Storage { message },
+        End::STORAGE => Outcome::Storage { message },
         _ => Outcome::Failed {
             message,
-            retryable: status == Status::RETRYABLE,
-            invalid_input: status == Status::INVALID_INPUT,
+            retryable: end == End::RETRYABLE,
+            invalid_input: end == End::INVALID_INPUT,
             details: details(),
         },
     }

@@ -7,8 +7,8 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, LazyLock, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -29,30 +29,10 @@ const STRIKES_MAX: u32 = 3;
 /// thread.
 const HANGING_SPARE: usize = 16;
 
-static TOTAL: AtomicU64 = AtomicU64::new(0);
-
-/// Abandoned runners that have not returned yet, by handle. The strikes and the concurrent tasks of a plugin bound
-/// their number.
-static ABANDONED: LazyLock<Mutex<HashMap<Task, Abandoned>>> = LazyLock::new(Mutex::default);
-
+/// A runner that the host has given up.
 struct Abandoned {
-    plugin: Arc<str>,
     task: TaskId,
     since: BootInstant,
-}
-
-/// Number of runners abandoned since the process began.
-pub(super) fn total() -> u64 {
-    TOTAL.load(Ordering::Relaxed)
-}
-
-/// Logs when an abandoned task behind a stale handle ends late.
-pub(super) fn returned(handle: Task) {
-    let found = ABANDONED.lock().unwrap_or_else(PoisonError::into_inner).remove(&handle);
-    if let Some(Abandoned { plugin, task, since }) = found {
-        let late_ms = millis(BootInstant::now() - since);
-        info!(event = "runner.returned_late", plugin = %plugin, task_id = %task, late_ms, "stuck runner returned after its task was abandoned");
-    }
 }
 
 /// The faults of one plugin.
@@ -60,6 +40,9 @@ pub(super) fn returned(handle: Task) {
 pub(super) struct Faults {
     strikes: AtomicU32,
     out_of_service: OnceLock<String>,
+    /// Abandoned runners that have not returned yet, by handle. The strikes and the concurrent tasks of the plugin
+    /// bound their number.
+    abandoned: Mutex<HashMap<Task, Abandoned>>,
 }
 
 impl Faults {
@@ -75,15 +58,23 @@ impl Faults {
 
     /// Abandons the runner of `task` behind `handle`.
     pub(super) fn abandon(&self, plugin: &Arc<str>, handle: Task, task: TaskId, grace: Duration, events: &NodeEvents) {
-        TOTAL.fetch_add(1, Ordering::Relaxed);
-        let abandoned = Abandoned { plugin: Arc::clone(plugin), task: task.clone(), since: BootInstant::now() };
-        ABANDONED.lock().unwrap_or_else(PoisonError::into_inner).insert(handle, abandoned);
+        let abandoned = Abandoned { task: task.clone(), since: BootInstant::now() };
+        self.abandoned.lock().unwrap_or_else(PoisonError::into_inner).insert(handle, abandoned);
         let strikes = self.strikes.fetch_add(1, Ordering::AcqRel) + 1;
         events.emit(NodeEvent::RunnerStuck { task, plugin: Arc::clone(plugin), grace, strikes });
         if strikes >= STRIKES_MAX {
             self.take_out_of_service(format!(
                 "{STRIKES_MAX} of its runners ignored their cancellation; fix the plugin and restart the node"
             ));
+        }
+    }
+
+    /// Logs when an abandoned task behind a stale handle ends late.
+    pub(super) fn returned(&self, plugin: &Arc<str>, handle: Task) {
+        let found = self.abandoned.lock().unwrap_or_else(PoisonError::into_inner).remove(&handle);
+        if let Some(Abandoned { task, since }) = found {
+            let late_ms = millis(BootInstant::now() - since);
+            info!(event = "runner.returned_late", plugin = %plugin, task_id = %task, late_ms, "stuck runner returned after its task was abandoned");
         }
     }
 

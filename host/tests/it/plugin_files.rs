@@ -268,7 +268,7 @@ async fn inspect_runs_no_code_of_the_file() {
         "name             refused",
         "version          1.0.0",
         "capabilities     /fixtures/refused/v1",
-        "abi              1.0",
+        "abi              2.0",
     ] {
         assert!(output.stdout.lines().any(|found| found == line), "{line}\n{}", output.stdout);
     }
@@ -300,7 +300,7 @@ async fn inspect_shows_what_a_plugin_needs() {
     let inspect = |library: &Path, output: &str| Cli::new(&["plugins", "inspect", "-o", output]).arg(library).run();
     let library = fixtures::wants_token();
     let text = inspect(&library, "text").await.expect(0).stdout;
-    for line in ["abi at least     1.0", "requires         token", "wants            token, a-later-feature"] {
+    for line in ["abi at least     2.0", "requires         token", "wants            token, a-later-feature"] {
         assert!(text.lines().any(|found| found == line), "{line}\n{text}");
     }
     let facts: Value = serde_json::from_str(&inspect(&library, "json").await.expect(0).stdout).expect("JSON");
@@ -372,12 +372,12 @@ async fn reason_with_a_file_name_stays_one_line() {
 #[tokio::test]
 async fn plugin_output_does_not_reach_stdout() {
     let folder = Folder::new().usual_logs();
-    folder.put("prints.so", &fixtures::c("refused", &["INIT_PRINTS"]));
+    folder.put("prints.so", &fixtures::c("refused", &["CREATE_PRINTS"]));
     let listings = folder.listings(0).await;
     assert_eq!(listings[0]["state"], "loaded");
     let output = folder.invoke("/fixtures/refused/v1", &["-o", "json"]).await.expect(0);
     assert_eq!(output.stdout, "");
-    assert_eq!(output.stderr, "init was here");
+    assert_eq!(output.stderr, "create was here");
 }
 
 /// Opening a library holds the linker's lock for all libraries. This process cannot recover from a constructor that
@@ -421,7 +421,7 @@ fn many(folder: &Folder, count: usize) {
 #[tokio::test]
 async fn plugin_that_calls_exit_is_named() {
     let folder = Folder::with_a_good_one().usual_logs();
-    let bad = folder.put("z.so", &fixtures::c("refused", &["INIT_EXITS"]));
+    let bad = folder.put("z.so", &fixtures::c("refused", &["CREATE_EXITS"]));
     let output = folder.cli(&["plugins", "list"]).run().await.expect(75);
     let line = format!("error: plugin {} ended the process while it was loaded; remove it", bad.display());
     assert_eq!(output.stderr, line);
@@ -464,7 +464,7 @@ async fn node_names_the_plugin_that_called_exit() {
 /// cause.
 #[tokio::test]
 async fn last_log_line_names_a_plugin_that_crashes() {
-    for (crash, code) in [("INIT_CRASHES", -1), ("INIT_EXITS_AT_ONCE", 0)] {
+    for (crash, code) in [("CREATE_CRASHES", -1), ("CREATE_EXITS_AT_ONCE", 0)] {
         let folder = Folder::with_a_good_one();
         let bad = folder.put("z.so", &fixtures::c("refused", &[crash]));
         let named = |stderr: &str| {

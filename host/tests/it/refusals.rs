@@ -165,7 +165,7 @@ async fn library_without_entry_or_manifest_is_refused() {
     folder.put("no-entry.so", &fixtures::c("refused", &["NO_ENTRY"]));
     folder.put("no-manifest.so", &fixtures::c("refused", &["NO_MANIFEST"]));
     let reasons = [
-        ("no-entry.so", "exports no symbol runner_module_v1, expected one; add export_runner!(…) or, in C, define it"),
+        ("no-entry.so", "exports no symbol runner_module_v2, expected one; add export_runner!(…) or, in C, define it"),
         (
             "no-manifest.so",
             "has no section .runner, expected a manifest; add export_runner!(…) or, in C, RUNNER_MANIFEST(…)",
@@ -178,7 +178,7 @@ async fn library_without_entry_or_manifest_is_refused() {
 fn manifest(folder: &Folder, name: &str, text: &str) {
     // Written over the fixture's own manifest, because a define with every kind of quote is hard to write.
     let mut bytes = sound();
-    let own = br#"{"name":"refused","version":"1.0.0","abi":"1.0","capabilities":["/fixtures/refused/v1"]}"#;
+    let own = br#"{"name":"refused","version":"1.0.0","abi":"2.0","capabilities":["/fixtures/refused/v1"]}"#;
     assert!(text.len() <= own.len(), "{text} is longer than the one it replaces");
     let at = bytes.windows(own.len()).position(|window| window == own).expect("the manifest is in the file");
     bytes[at..at + own.len()].fill(0);
@@ -197,15 +197,15 @@ async fn manifest_survives_a_linker_that_drops_sections() {
 async fn invalid_manifest_is_refused() {
     let folder = Folder::with_a_good_one();
     manifest(&folder, "no-json.so", "I am a plugin");
-    manifest(&folder, "blank.so", r#"{"name":" ","abi":"1.0","capabilities":["/a"]}"#);
-    manifest(&folder, "control.so", r#"{"name":"a\u0000b","abi":"1.0","capabilities":["/a"]}"#);
-    manifest(&folder, "escape.so", r#"{"name":"a","version":"\u001b[2J","abi":"1.0","capabilities":["/a"]}"#);
-    manifest(&folder, "nothing.so", r#"{"name":"a","abi":"1.0","capabilities":[]}"#);
-    manifest(&folder, "space.so", r#"{"name":"a","abi":"1.0","capabilities":["/a b"]}"#);
-    manifest(&folder, "slash.so", r#"{"name":"a","abi":"1.0","capabilities":["a/v1"]}"#);
-    manifest(&folder, "empty.so", r#"{"name":"a","abi":"1.0","capabilities":[""]}"#);
-    manifest(&folder, "twice.so", r#"{"name":"a","abi":"1.0","capabilities":["/a","/a"]}"#);
-    manifest(&folder, "major.so", r#"{"name":"a","abi":"2.0","capabilities":["/a"]}"#);
+    manifest(&folder, "blank.so", r#"{"name":" ","abi":"2.0","capabilities":["/a"]}"#);
+    manifest(&folder, "control.so", r#"{"name":"a\u0000b","abi":"2.0","capabilities":["/a"]}"#);
+    manifest(&folder, "escape.so", r#"{"name":"a","version":"\u001b[2J","abi":"2.0","capabilities":["/a"]}"#);
+    manifest(&folder, "nothing.so", r#"{"name":"a","abi":"2.0","capabilities":[]}"#);
+    manifest(&folder, "space.so", r#"{"name":"a","abi":"2.0","capabilities":["/a b"]}"#);
+    manifest(&folder, "slash.so", r#"{"name":"a","abi":"2.0","capabilities":["a/v1"]}"#);
+    manifest(&folder, "empty.so", r#"{"name":"a","abi":"2.0","capabilities":[""]}"#);
+    manifest(&folder, "twice.so", r#"{"name":"a","abi":"2.0","capabilities":["/a","/a"]}"#);
+    manifest(&folder, "major.so", r#"{"name":"a","abi":"3.0","capabilities":["/a"]}"#);
     manifest(&folder, "abi.so", r#"{"name":"a","abi":"one","capabilities":["/a"]}"#);
     manifest(&folder, "missing.so", r#"{"name":"a","capabilities":["/a"]}"#);
     let unusable = |why: &str| {
@@ -227,7 +227,7 @@ async fn invalid_manifest_is_refused() {
         ("empty.so", unusable("capability is empty, expected a name such as /examples/hello/v1")),
         ("slash.so", unusable("capability \"a/v1\" does not begin with /, expected a name such as /examples/hello/v1")),
         ("twice.so", unusable("it names /a twice")),
-        ("major.so", "speaks ABI 2, this host speaks 1; rebuild it with runner-sdk for ABI 1".to_owned()),
+        ("major.so", "speaks ABI 3, this host speaks 2; rebuild it with runner-sdk for ABI 2".to_owned()),
         ("abi.so", unusable(r#"its abi is "one", expected "major.minor""#)),
         ("missing.so", unusable("missing field `abi` at line 1 column 34")),
     ];
@@ -285,10 +285,9 @@ async fn table_of_another_abi_is_refused() {
     let folder = Folder::with_a_good_one();
     let defines = [
         ("magic.so", "MAGIC=1"),
-        ("major.so", "ABI=0x20000"),
-        ("mask.so", "MASK=0x37"),
-        ("no-magic.so", "MASK=0x3e"),
-        ("no-entries.so", "MASK=0x3"),
+        ("major.so", "ABI=0x30000"),
+        ("mask.so", "MASK=0x1d"),
+        ("no-entries.so", "MASK=0x0"),
         ("null.so", "START_NULL"),
         ("null-table.so", "TABLE_NULL"),
     ];
@@ -309,10 +308,9 @@ async fn table_of_another_abi_is_refused() {
     };
     let reasons = [
         ("magic.so", magic("0x0000000000000001")),
-        ("major.so", "speaks ABI 2, this host speaks 1; rebuild it with runner-sdk for ABI 1".to_owned()),
+        ("major.so", "speaks ABI 3, this host speaks 2; rebuild it with runner-sdk for ABI 2".to_owned()),
         ("mask.so", lacks("start")),
-        ("no-magic.so", lacks("magic")),
-        ("no-entries.so", lacks("init")),
+        ("no-entries.so", lacks("create")),
         ("null.so", lacks("start")),
         ("null-table.so", magic("0x0000000000000000")),
     ];
@@ -324,7 +322,7 @@ async fn table_of_another_abi_is_refused() {
 async fn changed_struct_is_refused_before_any_call() {
     let folder = Folder::with_a_good_one();
     folder.put("changed.so", &fixtures::changed_struct());
-    let reason = "its tables are not this host's (start: parameter 2: expected Str, found Bytes); \
+    let reason = "its tables are not this host's (start: parameter 3: expected *const StartRequest , found Bytes); \
                   rebuild it with this host's runner-sdk";
     check(&folder, &[("changed.so", reason)]).await;
 }
@@ -347,24 +345,34 @@ async fn header_of_another_version_refuses_no_plugin() {
 }
 
 #[tokio::test]
-async fn failed_init_is_refused_with_its_text() {
+async fn first_draft_plugins_are_refused_in_one_line() {
     let folder = Folder::with_a_good_one();
-    folder.put("fails.so", &fixtures::c("refused", &["INIT_FAILS"]));
+    folder.put("c.so", &fixtures::c("first_draft", &[]));
+    folder.put("rust.so", &fixtures::first_draft());
+    let reason = "was built for the first draft of the ABI (it exports runner_module_v1), this host needs \
+                  runner_module_v2; rebuild it with this host's runner-sdk or runner.h";
+    check(&folder, &[("c.so", reason), ("rust.so", reason)]).await;
+}
+
+#[tokio::test]
+async fn failed_create_is_refused_with_its_text() {
+    let folder = Folder::with_a_good_one();
+    folder.put("fails.so", &fixtures::c("refused", &["CREATE_FAILS"]));
     folder.put("panics.so", &fixtures::init_panics());
     let reasons = [
-        ("fails.so", "init failed: the camera is not connected"),
-        ("panics.so", "init panicked: no calibration in {} at src/lib.rs:9"),
+        ("fails.so", "create failed: the camera is not connected"),
+        ("panics.so", "create panicked: no calibration in {} at src/lib.rs:9"),
     ];
     check(&folder, &reasons).await;
 }
 
 #[tokio::test]
-async fn hanging_init_is_refused_after_the_timeout() {
+async fn hanging_create_is_refused_after_the_timeout() {
     let mut folder = Folder::with_a_good_one();
     folder.set("PLUGIN_INIT_TIMEOUT", "300ms");
-    folder.put("silent.so", &fixtures::c("refused", &["INIT_SILENT"]));
-    folder.put("stuck.so", &fixtures::c("refused", &["INIT_BLOCKS", "CAPABILITY=\"/fixtures/stuck/v1\""]));
-    let hung = "init gave no answer within 300ms; a plugin's init must answer once, soon";
+    folder.put("silent.so", &fixtures::c("refused", &["CREATE_SILENT"]));
+    folder.put("stuck.so", &fixtures::c("refused", &["CREATE_BLOCKS", "CAPABILITY=\"/fixtures/stuck/v1\""]));
+    let hung = "create gave no answer within 300ms; a plugin's create must answer once, soon";
     check(&folder, &[("silent.so", hung), ("stuck.so", hung)]).await;
 }
 
@@ -388,9 +396,9 @@ async fn invalid_init_timeout_is_one_line() {
 }
 
 #[tokio::test]
-async fn second_init_answer_is_ignored() {
+async fn second_create_answer_is_ignored() {
     let folder = Folder::with_a_good_one();
-    folder.put("twice.so", &fixtures::c("refused", &["INIT_TWICE"]));
+    folder.put("twice.so", &fixtures::c("refused", &["CREATE_TWICE"]));
     let rows = folder.rows(0).await;
     assert!(rows.iter().all(|row| row.starts_with("loaded")), "{rows:#?}");
     folder.invoke("/fixtures/refused/v1", &[]).await.expect(0);

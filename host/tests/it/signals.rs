@@ -46,7 +46,7 @@ async fn signal_during_plugin_load_stops_node_without_requests() {
     let test_server = TestServer::start().await;
     let files = tempfile::tempdir().expect("a folder");
     let mark = files.path().join("opened");
-    let slow = fixtures::c("refused", &["MARKS", "INIT_BLOCKS"]);
+    let slow = fixtures::c("refused", &["MARKS", "CREATE_BLOCKS"]);
     let node = test_server.node(&[fixtures::hello(), slow]).set("PLUGIN_INIT_TIMEOUT", "1s");
     let node = node.set("RH_FIXTURE_MARK", mark.to_string_lossy()).begun();
     let opened = async {

@@ -7,7 +7,8 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use super::{ArtifactSink, Call, ControlPlane, InputSource, LeaseEnvelope, Port, PortErrorKind};
+use super::{ArtifactSink, ControlPlane, InputSource, LeaseEnvelope, Port};
+use crate::host_calls::Call;
 
 /// Everything a runner needs for one task. Cheap to clone; clones may move to other tasks and
 /// threads. After the run has returned, every call fails with
@@ -51,9 +52,9 @@ impl Dir {
         let mut answer = self.port.call(Call::TaskDir);
         match answer.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(Ok(_)) => Ok(()),
-            Poll::Ready(Err(refused)) if refused.kind() != PortErrorKind::Unsupported => Err(refused.to_string()),
-            // An older host does not know this call.
-            Poll::Ready(Err(_)) | Poll::Pending => Err(format!("cannot make task directory: {err}")),
+            Poll::Ready(Err(refused)) => Err(refused.to_string()),
+            // A host answers this call at once.
+            Poll::Pending => Err(format!("cannot make task directory: {err}")),
         }
     }
 }

@@ -1,10 +1,15 @@
 //! Progress, events, cancellation, token, usage.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{Call, Payload, Port, PortError, PortErrorKind};
+use super::{Port, PortError, PortErrorKind};
+use crate::host_calls::{Answer, Call};
 
 /// Why a task should stop.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -95,10 +100,11 @@ impl ControlPlane {
         self.port.call(call).await.map(drop)
     }
 
-    /// Appends an event, any JSON. Events reach the control plane in order, at least once.
+    /// Appends an event, any JSON of at most 64 KiB. Events reach the control plane in order, at least once. When too
+    /// many wait to be sent, this call waits for a free place.
     ///
     /// # Errors
-    /// `Limit` when too many wait to be sent, `TaskOver`, or `BadRequest` when it does not serialise.
+    /// `Limit` when the event is too large, `TaskOver`, or `BadRequest` when it does not serialise.
     pub async fn log_event(&self, value: impl Serialize) -> Result<(), PortError> {
         let call = Call::Event(json(&value)?);
         self.port.call(call).await.map(drop)
@@ -108,8 +114,7 @@ impl ControlPlane {
     /// budget of tokens and uses more, it is cancelled ([`CancelReason::Budget`]) and fails.
     ///
     /// # Errors
-    /// `BadRequest` when the cost is negative or no number, `TaskOver`, or `Unsupported` when the host is older than
-    /// this call.
+    /// `BadRequest` when the cost is negative or no number, or `TaskOver`.
     pub async fn usage(&self, usage: Usage) -> Result<(), PortError> {
         let call = Call::Usage(json(&usage)?);
         self.port.call(call).await.map(drop)
@@ -140,7 +145,7 @@ impl ControlPlane {
             return CancelReason::TaskOver;
         }
         match self.port.call(Call::CancelReason).await {
-            Ok(word) => CancelReason::from_word(&String::from_utf8_lossy(&word)),
+            Ok(word) => CancelReason::from_word(&String::from_utf8_lossy(&word.data)),
             Err(err) if err.kind() == PortErrorKind::TaskOver => CancelReason::TaskOver,
             Err(err) => CancelReason::Other(err.to_string()),
         }
@@ -156,8 +161,17 @@ impl ControlPlane {
     /// # Errors
     /// `Unsupported` unless the operator set `grant = ["token"]` for this plugin.
     pub async fn token(&self) -> Result<String, PortError> {
-        let token = self.port.call(Call::Token).await?;
-        utf8(token)
+        Ok(self.token_with_expiry().await?.0)
+    }
+
+    /// As [`Self::token`], with the time when the token expires, if the control plane sends it.
+    ///
+    /// # Errors
+    /// As [`Self::token`].
+    pub async fn token_with_expiry(&self) -> Result<(String, Option<SystemTime>), PortError> {
+        let Answer { number, data } = self.port.call(Call::Token).await?;
+        let expires = if number == 0 { None } else { UNIX_EPOCH.checked_add(Duration::from_secs(number)) };
+        Ok((utf8(data)?, expires))
     }
 }
 
@@ -166,13 +180,13 @@ pub(super) fn json(value: &impl Serialize) -> Result<String, PortError> {
         .map_err(|err| PortError::new(PortErrorKind::BadRequest, format!("value does not serialise to JSON: {err}")))
 }
 
-pub(super) fn utf8(payload: Payload) -> Result<String, PortError> {
-    String::from_utf8(payload.into_vec())
+pub(super) fn utf8(text: Bytes) -> Result<String, PortError> {
+    String::from_utf8(text.into())
         .map_err(|_| PortError::new(PortErrorKind::Malformed, "the host answered with bytes that are not UTF-8"))
 }
 
 /// Decodes an answer that is JSON by contract.
-pub(super) fn decode<T: serde::de::DeserializeOwned>(payload: &Payload) -> Result<T, PortError> {
-    serde_json::from_slice(payload)
+pub(super) fn decode<T: serde::de::DeserializeOwned>(json: &Bytes) -> Result<T, PortError> {
+    serde_json::from_slice(json)
         .map_err(|err| PortError::new(PortErrorKind::Malformed, format!("the host's answer does not parse: {err}")))
 }

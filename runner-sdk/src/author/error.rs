@@ -166,8 +166,8 @@ pub enum PortErrorKind {
     LeaseOver,
     /// A local file could not be read or written.
     Local,
-    /// A limit was exceeded: size of progress, waiting events, open streams, bytes in memory, or the contents of
-    /// an archive.
+    /// A limit was exceeded: size of progress or of an event, open streams, bytes in memory, or the contents of an
+    /// archive.
     Limit,
     /// The task could not be set up on its control plane.
     Setup,
@@ -206,7 +206,9 @@ struct PortErrorInfo {
 }
 
 impl PortError {
-    pub(crate) fn new(kind: PortErrorKind, message: impl Into<String>) -> Self {
+    /// An error of `kind` with one line of text.
+    #[must_use]
+    pub fn new(kind: PortErrorKind, message: impl Into<String>) -> Self {
         Self(Arc::new(PortErrorInfo { kind, message: message.into() }))
     }
 

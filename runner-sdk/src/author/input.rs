@@ -8,15 +8,20 @@ use std::{
     task::{Context, Poll},
 };
 
+use bytes::Bytes;
 use serde::Deserialize;
 use tokio::io::{AsyncRead, ReadBuf};
 
-use super::{Call, Payload, Port, PortError, PortErrorKind, Reply, control::decode};
+use super::{Port, PortError, PortErrorKind, Reply, control::decode};
+use crate::{
+    abi::INPUT_KEEP,
+    host_calls::{Answer, Call},
+};
 
 /// Bytes that a reader requests at a time.
 const READ_BYTES: u64 = 256 * 1024;
-/// Requested by a caller that keeps the whole input in memory. The host then charges its size to the budget.
-const KEEPS_ALL: u64 = u64::MAX;
+/// Bytes requested at a time by a caller that keeps the whole input in memory.
+const READ_ALL_BYTES: u64 = 1024 * 1024;
 
 /// What the store knows about an input, and its path on disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -71,9 +76,9 @@ impl InputSource {
     /// `NotFound` for an unknown input. `Limit` for an input larger than the node's whole memory budget. See
     /// [`crate::PortErrorKind`] for the rest.
     pub async fn get_bytes_by_cid(&self, cid: &str) -> Result<Vec<u8>, PortError> {
-        let mut reader = self.open_reader_by_cid(cid).await?;
+        let mut reader = self.open(cid, INPUT_KEEP).await?;
         let mut bytes = Vec::new();
-        while let Some(piece) = reader.next_piece(KEEPS_ALL).await? {
+        while let Some(piece) = reader.next_piece(READ_ALL_BYTES).await? {
             if bytes.is_empty() {
                 // The host has charged the whole size by now, so it is safe to allocate it.
                 let size = reader.info.size.and_then(|size| usize::try_from(size).ok()).unwrap_or(0);
@@ -100,7 +105,7 @@ impl InputSource {
     /// As [`Self::get_bytes_by_cid`].
     pub async fn materialize_cid_with_meta(&self, cid: &str) -> Result<MaterializedInput, PortError> {
         let answer = self.port.call(Call::InputFile { cid: cid.to_owned() }).await?;
-        let mut input: MaterializedInput = decode(&answer)?;
+        let mut input: MaterializedInput = decode(&answer.data)?;
         if input.root_dir.as_os_str().is_empty() {
             input.root_dir = input.path.parent().map(PathBuf::from).unwrap_or_default();
         }
@@ -112,15 +117,22 @@ impl InputSource {
     /// # Errors
     /// As [`Self::get_bytes_by_cid`]. While reading, an [`io::Error`] that holds a [`PortError`].
     pub async fn open_reader_by_cid(&self, cid: &str) -> Result<InputReader, PortError> {
-        #[derive(Deserialize)]
-        struct Opened {
-            stream: u64,
-            #[serde(flatten)]
-            info: InputInfo,
-        }
-        let answer = self.port.call(Call::InputOpen { cid: cid.to_owned() }).await?;
-        let Opened { stream, info } = decode(&answer)?;
-        Ok(InputReader { port: Arc::clone(&self.port), stream, info, piece: None, read: None, ended: false })
+        self.open(cid, 0).await
+    }
+
+    async fn open(&self, cid: &str, flags: u64) -> Result<InputReader, PortError> {
+        let Answer { number, data } = self.port.call(Call::InputOpen { cid: cid.to_owned(), flags }).await?;
+        let mut reader = InputReader {
+            port: Arc::clone(&self.port),
+            stream: number,
+            info: InputInfo::default(),
+            piece: None,
+            read: None,
+            ended: false,
+        };
+        // Dropping the reader closes the stream, also after an error.
+        reader.info = decode(&data)?;
+        Ok(reader)
     }
 }
 
@@ -140,7 +152,7 @@ pub struct InputReader {
     port: Arc<dyn Port>,
     stream: u64,
     info: InputInfo,
-    piece: Option<(Payload, usize)>,
+    piece: Option<Bytes>,
     read: Option<Reply>,
     ended: bool,
 }
@@ -164,11 +176,11 @@ impl InputReader {
         self.info.size
     }
 
-    async fn next_piece(&mut self, max: u64) -> Result<Option<Payload>, PortError> {
+    async fn next_piece(&mut self, max: u64) -> Result<Option<Bytes>, PortError> {
         if self.ended {
             return Ok(None);
         }
-        let piece = self.port.call(Call::InputRead { stream: self.stream, max }).await?;
+        let piece = self.port.call(Call::InputRead { stream: self.stream, max }).await?.data;
         if piece.is_empty() {
             self.ended = true;
             return Ok(None);
@@ -180,11 +192,10 @@ impl InputReader {
 impl AsyncRead for InputReader {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
-            if let Some((piece, at)) = &mut self.piece {
-                let take = (piece.len() - *at).min(buf.remaining());
-                buf.put_slice(&piece[*at..*at + take]);
-                *at += take;
-                if *at == piece.len() {
+            if let Some(piece) = &mut self.piece {
+                let take = piece.len().min(buf.remaining());
+                buf.put_slice(&piece.split_to(take));
+                if piece.is_empty() {
                     self.piece = None;
                 }
                 return Poll::Ready(Ok(()));
@@ -199,8 +210,8 @@ impl AsyncRead for InputReader {
                 Poll::Ready(answer) => {
                     self.read = None;
                     match answer {
-                        Ok(piece) if piece.is_empty() => self.ended = true,
-                        Ok(piece) => self.piece = Some((piece, 0)),
+                        Ok(piece) if piece.data.is_empty() => self.ended = true,
+                        Ok(piece) => self.piece = Some(piece.data),
                         Err(err) => return Poll::Ready(Err(io::Error::other(err))),
                     }
                 }
@@ -211,7 +222,6 @@ impl AsyncRead for InputReader {
 
 impl Drop for InputReader {
     fn drop(&mut self) {
-        // The call begins at once. Its answer is not needed.
-        drop(self.port.call(Call::InputClose { stream: self.stream }));
+        self.port.tell(Call::InputClose { stream: self.stream });
     }
 }

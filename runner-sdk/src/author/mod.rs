@@ -1,7 +1,7 @@
 //! The API for authors of runners.
 //!
 //! Start at [`Runner`]. Every run gets a [`TaskCtx`]. No code here depends on the ABI: each operation becomes a
-//! [`Call`]. A host answers it across the ABI, or the test kit in memory.
+//! [`Call`](crate::host_calls::Call). A host answers it across the ABI, or the test kit in memory.
 
 mod context;
 mod control;
@@ -21,5 +21,5 @@ pub use lease::{LeaseEnvelope, TaskSpec};
 pub use output::{Artifact, ArtifactSink, ArtifactWriter};
 pub use runner::{BoxFuture, DynRunner, Runner};
 
-pub(crate) use port::{Call, Payload, Port, Reply};
+pub(crate) use port::{Port, Reply};
 pub(crate) use signal::StopSignal;

@@ -2,12 +2,14 @@
 
 use std::{path::Path, sync::Arc};
 
-use serde::{Deserialize, Serialize};
+use bytes::Bytes;
+use serde::Serialize;
 
 use super::{
-    Call, Port, PortError, PortErrorKind,
-    control::{decode, json},
+    Port, PortError, PortErrorKind,
+    control::{json, utf8},
 };
+use crate::host_calls::Call;
 
 /// Path, name and data type of an artifact.
 ///
@@ -22,6 +24,7 @@ use super::{
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Artifact {
+    #[serde(skip)]
     path: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     name: Option<String>,
@@ -81,10 +84,9 @@ impl From<String> for Artifact {
     }
 }
 
-#[derive(Deserialize)]
-struct Published {
-    #[serde(default)]
-    id: Option<String>,
+/// The id in the answer to a finished artifact.
+fn published(id: Bytes) -> Result<Option<String>, PortError> {
+    Ok(Some(utf8(id)?).filter(|id| !id.is_empty()))
 }
 
 /// Publishes a task's artifacts. Putting one path twice replaces the first. Cheap to clone.
@@ -150,9 +152,10 @@ impl ArtifactSink {
         let path = file.to_str().ok_or_else(|| {
             PortError::new(PortErrorKind::Local, format!("{}: the path is not UTF-8", file.display()))
         })?;
-        let call = Call::OutputFile { spec: json(&artifact.into())?, path: path.to_owned() };
-        let answer = self.port.call(call).await?;
-        Ok(decode::<Published>(&answer)?.id)
+        let artifact = artifact.into();
+        let options = json(&artifact)?;
+        let call = Call::OutputFile { path: artifact.path, options, file: path.to_owned() };
+        published(self.port.call(call).await?.data)
     }
 
     /// Opens an artifact for writing in pieces, for any size.
@@ -160,12 +163,9 @@ impl ArtifactSink {
     /// # Errors
     /// As [`Self::put_bytes`].
     pub async fn open_multipart(&self, artifact: impl Into<Artifact>) -> Result<ArtifactWriter, PortError> {
-        #[derive(Deserialize)]
-        struct Opened {
-            stream: u64,
-        }
-        let answer = self.port.call(Call::OutputOpen { spec: json(&artifact.into())? }).await?;
-        let Opened { stream } = decode(&answer)?;
+        let artifact = artifact.into();
+        let options = json(&artifact)?;
+        let stream = self.port.call(Call::OutputOpen { path: artifact.path, options }).await?.number;
         Ok(ArtifactWriter { port: Arc::clone(&self.port), stream, finished: false })
     }
 }
@@ -183,7 +183,7 @@ impl ArtifactWriter {
     /// # Errors
     /// See [`crate::PortErrorKind`]. After an error the artifact cannot be finished.
     pub async fn write_chunk(&mut self, data: impl Into<Vec<u8>>) -> Result<(), PortError> {
-        let call = Call::OutputWrite { stream: self.stream, data: data.into() };
+        let call = Call::OutputWrite { stream: self.stream, data: Bytes::from(data.into()) };
         self.port.call(call).await.map(drop)
     }
 
@@ -193,16 +193,14 @@ impl ArtifactWriter {
     /// See [`crate::PortErrorKind`].
     pub async fn finish(mut self) -> Result<Option<String>, PortError> {
         self.finished = true;
-        let answer = self.port.call(Call::OutputFinish { stream: self.stream }).await?;
-        Ok(decode::<Published>(&answer)?.id)
+        published(self.port.call(Call::OutputFinish { stream: self.stream }).await?.data)
     }
 }
 
 impl Drop for ArtifactWriter {
     fn drop(&mut self) {
         if !self.finished {
-            // The call begins at once. Its answer is not needed.
-            drop(self.port.call(Call::OutputAbort { stream: self.stream }));
+            self.port.tell(Call::OutputAbort { stream: self.stream });
         }
     }
 }

@@ -75,7 +75,8 @@ where
 /// # fn main() {}
 /// ```
 ///
-/// A library has one `export_runner!`. The macro exports the symbol `runner_module_v1` and a manifest that can be read without running the file. It also
+/// A library has one `export_runner!`. The macro exports the symbol `runner_module_v2` and a manifest that can be
+/// read without running the file. It also
 /// exports the description of the tables, with which a host checks their layout.
 ///
 /// ```
@@ -212,20 +213,16 @@ macro_rules! export_runner {
                 },)*
             ];
 
-            fn table() -> sdk::ModuleRef {
-                sdk::module(env!("CARGO_PKG_NAME"), REGISTRATIONS)
-            }
-
             #[unsafe(no_mangle)]
-            extern "C" fn runner_module_v1() -> sdk::ModuleRef {
+            extern "C" fn runner_module_v2() -> &'static sdk::ModuleTable {
                 // The linker keeps what this exported function refers to. Before Rust 1.89, `#[used]` alone
                 // lets it drop the section.
                 std::hint::black_box(&MANIFEST);
-                table()
+                sdk::module(env!("CARGO_PKG_NAME"), REGISTRATIONS)
             }
 
             extern "C" fn erased() -> sdk::RootModuleResult {
-                sdk::call_root_module_loader(table)
+                sdk::call_root_module_loader(sdk::described)
             }
 
             #[unsafe(export_name = "_1as_0lib_1header_0root_bmodule_bloader")]

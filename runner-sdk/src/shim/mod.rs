@@ -8,19 +8,20 @@ mod export;
 mod logging;
 mod manifest;
 mod panics;
-mod spawn;
 
 use std::{
     backtrace::{Backtrace, BacktraceStatus},
     collections::HashMap,
     ffi::c_void,
-    ops::Deref,
     path::PathBuf,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError, RwLock,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
-use serde::Deserialize;
+use bytes::Bytes;
 use serde_json::json;
 use tokio::{
     runtime::{Handle, Runtime},
@@ -28,26 +29,33 @@ use tokio::{
 };
 
 use crate::{
-    abi::{self, Bytes, Callback, HostRef, Module, ModuleRef, Status, Str, Task},
-    author::{
-        Call, DynRunner, Error, LeaseEnvelope, Payload, Port, PortError, PortErrorKind, Reply, StopSignal, TaskCtx,
+    abi::{
+        self, Callback, CreateRequest, End, HostRef, HostWord, Instance, Module, ModuleRef, ModuleTable, StartRequest,
+        Status, Str, Table, Task,
     },
+    author::{DynRunner, Error, LeaseEnvelope, Port, PortError, PortErrorKind, Reply, StopSignal, TaskCtx},
+    host_calls::{Answer, Answered, Call, kind_of},
 };
 
 pub use export::{Registration, from_config, from_default};
 pub use manifest::{ManifestKeys, checked, manifest, manifest_len};
 pub use panics::spawn_blocking;
 pub(crate) use panics::{Guarded, guard, install_hook};
-pub use spawn::{Spawned, spawn};
 
-/// Worker threads of the plugin's runtime. Runners mostly wait. Computations use `spawn_blocking`.
+/// Worker threads of an instance's runtime. Runners mostly wait. Computations use `spawn_blocking`.
 const WORKERS: usize = 2;
 
+/// The package name and the runners of this library.
 static REGISTRATIONS: OnceLock<(&'static str, &'static [Registration])> = OnceLock::new();
-static HOST: OnceLock<HostRef> = OnceLock::new();
-static PLUGIN: OnceLock<Plugin> = OnceLock::new();
+/// The instances of this library that are not shut down.
+static PLUGINS: RwLock<Vec<Arc<Plugin>>> = RwLock::new(Vec::new());
 
-struct Plugin {
+/// One instance of this library.
+pub(crate) struct Plugin {
+    /// The number that the host uses for it.
+    number: u64,
+    host: Host,
+    log_level: AtomicU32,
     runners: HashMap<&'static str, Arc<dyn DynRunner>>,
     handle: Handle,
     /// `None` after the shutdown.
@@ -55,16 +63,25 @@ struct Plugin {
     tasks: Mutex<HashMap<u64, Arc<StopSignal>>>,
 }
 
+/// The host of one instance.
+#[derive(Clone, Copy)]
+struct Host {
+    api: HostRef,
+    word: HostWord,
+}
+
 /// On drop, ends a task on this side of the boundary, even if its run did not end.
 struct Ending {
-    plugin: &'static Plugin,
+    plugin: Arc<Plugin>,
     task: Task,
+    run: u64,
     signal: Arc<StopSignal>,
 }
 
 impl Drop for Ending {
     fn drop(&mut self) {
         lock(&self.plugin.tasks).remove(&self.task.0);
+        logging::forget(self.run);
         // This runs after the completion. A context that outlives the run then finds that the task is over.
         self.signal.end();
     }
@@ -72,34 +89,78 @@ impl Drop for Ending {
 
 /// The table of this plugin. Called by the exported entry, possibly more than once.
 #[must_use]
-pub fn module(name: &'static str, registrations: &'static [Registration]) -> ModuleRef {
-    use abi_stable::prefix_type::{PrefixRefTrait as _, WithMetadata};
-    const TABLE: &WithMetadata<Module> =
-        &WithMetadata::new(Module { magic: abi::MAGIC, abi: abi::ABI_VERSION, init, start, cancel, shutdown });
+pub fn module(name: &'static str, registrations: &'static [Registration]) -> &'static ModuleTable {
+    static TABLE: ModuleTable = ModuleTable {
+        magic: abi::MAGIC,
+        abi: abi::ABI_VERSION,
+        table: Table { present: abi::MODULE_MASK, reserved: 0, entries: ENTRIES },
+    };
     REGISTRATIONS.get_or_init(|| (name, registrations));
+    &TABLE
+}
+
+const ENTRIES: Module = Module { create, start, cancel, shutdown, log_level };
+
+/// What abi_stable describes as this library's root module: the same entries as in [`module`].
+#[must_use]
+pub fn described() -> ModuleRef {
+    use abi_stable::prefix_type::{PrefixRefTrait as _, WithMetadata};
+    const TABLE: &WithMetadata<Module> = &WithMetadata::new(ENTRIES);
     ModuleRef::from_prefix_ref(TABLE.static_as_prefix())
 }
 
-unsafe extern "C" fn init(host: HostRef, config: Str, reply: Callback, user: *mut c_void) {
-    let ready = guard(|| {
-        // SAFETY: the host lends `config` for the duration of this call.
-        let config = unsafe { text(config) };
-        prepare(host, config)
+unsafe extern "C" fn create(
+    api: HostRef,
+    word: HostWord,
+    request: *const CreateRequest,
+    reply: Callback,
+    user: *mut c_void,
+) {
+    let created = guard(|| {
+        // SAFETY: the host lends the request for the duration of this call. A host of this major version knows all
+        // fields that are read here.
+        let request = unsafe { CreateArguments::read(&*request) };
+        prepare(Host { api, word }, request)
     });
-    let (status, message) = match ready {
-        Ok(Ok(())) => (Status::OK, String::new()),
-        Ok(Err(reason)) => (Status::FAILED, reason),
-        Err(note) => (Status::PANICKED, format!("{} at {}", note.message, note.place)),
+    let (status, number, message) = match created {
+        Ok(Ok(number)) => (Status::OK, number, String::new()),
+        Ok(Err(reason)) => (Status::OTHER, 0, reason),
+        Err(note) => (Status::PANICKED, 0, format!("{} at {}", note.message, note.place)),
     };
-    // SAFETY: `reply` and `user` belong together and are used exactly once, here.
-    unsafe { (reply.call)(user, status, owned(message.into_bytes())) };
+    if let Some(call) = reply.call {
+        // SAFETY: `reply` and `user` belong together and are used exactly once, here.
+        unsafe { call(user, status, number, owned(message.into())) };
+    }
 }
 
-fn prepare(host: HostRef, config: &str) -> Result<(), String> {
-    let (name, registrations) = *REGISTRATIONS.get().ok_or("init was called before runner_module_v1")?;
-    HOST.set(host).map_err(|_| "init was called twice")?;
+/// What a [`CreateRequest`] lends.
+struct CreateArguments<'a> {
+    log_level: u32,
+    config: &'a str,
+    capabilities: Vec<&'a str>,
+}
+
+impl<'a> CreateArguments<'a> {
+    /// # Safety
+    /// Everything in `request` must be readable for as long as the result is used.
+    unsafe fn read(request: &'a CreateRequest) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe {
+            Self {
+                log_level: request.log_level,
+                config: text(request.config),
+                capabilities: texts(request.capabilities, request.capabilities_len),
+            }
+        }
+    }
+}
+
+/// Makes an instance and returns its number.
+fn prepare(host: Host, request: CreateArguments<'_>) -> Result<u64, String> {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let (name, registrations) = *REGISTRATIONS.get().ok_or("create was called before the exported entry")?;
     install_hook(Some(report_panic), false);
-    logging::install(host.log_level());
+    logging::install(request.log_level);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .thread_name(format!("runner-{name}"))
@@ -109,15 +170,53 @@ fn prepare(host: HostRef, config: &str) -> Result<(), String> {
     let mut runners = HashMap::new();
     let entered = runtime.enter();
     for registration in registrations {
-        let runner = (registration.build)(config).map_err(|err| err.chain())?;
+        if !request.capabilities.contains(&registration.capability) {
+            continue;
+        }
+        let runner = (registration.build)(request.config).map_err(|err| err.chain())?;
         if runners.insert(registration.capability, runner).is_some() {
             return Err(format!("capability {} is exported twice by this library", registration.capability));
         }
     }
     drop(entered);
-    let handle = runtime.handle().clone();
-    let plugin = Plugin { runners, handle, runtime: Mutex::new(Some(runtime)), tasks: Mutex::default() };
-    PLUGIN.set(plugin).map_err(|_| "init was called twice".to_owned())
+    let number = LAST.fetch_add(1, Ordering::Relaxed) + 1;
+    let plugin = Arc::new(Plugin {
+        number,
+        host,
+        log_level: AtomicU32::new(request.log_level),
+        runners,
+        handle: runtime.handle().clone(),
+        runtime: Mutex::new(Some(runtime)),
+        tasks: Mutex::default(),
+    });
+    write_plugins().push(plugin);
+    apply_log_level();
+    Ok(number)
+}
+
+fn plugin(instance: Instance) -> Option<Arc<Plugin>> {
+    let plugins = PLUGINS.read().unwrap_or_else(PoisonError::into_inner);
+    plugins.iter().find(|plugin| plugin.number == instance.0).cloned()
+}
+
+fn write_plugins() -> std::sync::RwLockWriteGuard<'static, Vec<Arc<Plugin>>> {
+    PLUGINS.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The log bridge belongs to the library. It passes on what the most verbose instance wants.
+fn apply_log_level() {
+    let plugins = PLUGINS.read().unwrap_or_else(PoisonError::into_inner);
+    let level = plugins.iter().map(|plugin| plugin.log_level.load(Ordering::Relaxed)).max();
+    logging::set_level(level.unwrap_or(0));
+}
+
+unsafe extern "C" fn log_level(instance: Instance, level: u32) {
+    let _ = guard(|| {
+        if let Some(plugin) = plugin(instance) {
+            plugin.log_level.store(level, Ordering::Relaxed);
+            apply_log_level();
+        }
+    });
 }
 
 /// Logs a panic through `tracing`, so that the line carries the task whose span the thread is in.
@@ -132,118 +231,111 @@ fn report_panic(note: &panics::PanicNote, backtrace: &Backtrace) {
     }
 }
 
-/// The plugin's name, for lines that belong to no task.
-pub(crate) fn plugin_name() -> &'static str {
-    REGISTRATIONS.get().map_or("?", |(name, _)| name)
-}
-
-#[derive(Deserialize)]
-struct Request {
-    capability: String,
-    dir: PathBuf,
-    lease: LeaseEnvelope,
-}
-
-unsafe extern "C" fn start(task: Task, request: Str) {
+unsafe extern "C" fn start(instance: Instance, task: Task, request: *const StartRequest) {
+    let Ok(Some(plugin)) = guard(|| plugin(instance)) else { return };
     let begun = guard(|| {
-        // SAFETY: the host lends `request` for the duration of this call.
-        let request = unsafe { text(request) };
-        begin(task, request)
+        // SAFETY: the host lends the request for the duration of this call. A host of this major version knows all
+        // fields that are read here.
+        let (capability, dir, lease) = unsafe {
+            let request = &*request;
+            (text(request.capability), text(request.dir), text(request.lease))
+        };
+        begin(&plugin, task, capability, dir, lease)
     });
     match begun {
         Ok(Ok(())) => {}
-        Ok(Err(reason)) => complete(task, Status::FAILED, &reason, ""),
-        Err(note) => complete(task, Status::PANICKED, &note.message, &place_json(&note.place)),
+        Ok(Err(reason)) => plugin.host.complete(task, End::FAILED, &reason, ""),
+        Err(note) => plugin.host.complete(task, End::PANICKED, &note.message, &place_json(&note.place)),
     }
 }
 
-fn begin(task: Task, request: &str) -> Result<(), String> {
-    let plugin = PLUGIN.get().ok_or("start was called before init")?;
-    let request: Request =
-        serde_json::from_str(request).map_err(|err| format!("the host's request does not parse: {err}"))?;
-    let runner = plugin.runners.get(request.capability.as_str());
-    let runner = runner.ok_or_else(|| format!("this plugin does not serve {}", request.capability))?;
+fn begin(plugin: &Arc<Plugin>, task: Task, capability: &str, dir: &str, lease: &str) -> Result<(), String> {
+    let lease: LeaseEnvelope =
+        serde_json::from_str(lease).map_err(|err| format!("the host's lease does not parse: {err}"))?;
+    let runner = plugin.runners.get(capability);
+    let runner = Arc::clone(runner.ok_or_else(|| format!("this plugin does not serve {capability}"))?);
     if lock(&plugin.runtime).is_none() {
         return Err("the plugin has been shut down".to_owned());
     }
     let signal = Arc::new(StopSignal::default());
     lock(&plugin.tasks).insert(task.0, Arc::clone(&signal));
-    let ending = Ending { plugin, task, signal: Arc::clone(&signal) };
+    let run = logging::remember(plugin, task);
+    let ending = Ending { plugin: Arc::clone(plugin), task, run, signal: Arc::clone(&signal) };
+    let host = plugin.host;
     // A cancel may have come before the task was in the table. Later ones find it there.
-    if already_stopped(task) {
+    if host.wants_stop(task) {
         signal.stop();
     }
-    let port = Arc::new(HostPort { task, signal });
-    let ctx = TaskCtx::new(request.lease, request.dir, port);
+    let port = Arc::new(HostPort { host, task, signal });
+    let ctx = TaskCtx::new(lease, PathBuf::from(dir), port);
     let dir = ctx.dir();
-    let run = async move { runner.run_boxed(ctx).await };
+    let work = async move { runner.run_boxed(ctx).await };
     let attempt = async move {
         let _ending = ending;
-        let ended = Guarded::new(run).await;
+        let ended = Guarded::new(work).await;
         // A failure after a missing directory does not count against the runner.
         let without_dir = dir.failure().filter(|_| !matches!(ended, Ok(Ok(()))));
         match ended {
-            _ if without_dir.is_some() => complete(task, Status::STORAGE, without_dir.unwrap_or_default(), ""),
-            Ok(Ok(())) => complete(task, Status::OK, "", ""),
+            _ if without_dir.is_some() => host.complete(task, End::STORAGE, without_dir.unwrap_or_default(), ""),
+            Ok(Ok(())) => host.complete(task, End::OK, "", ""),
             // The author's code formats the error, so it may panic too.
             Ok(Err(err)) => {
-                if let Err(note) = guard(|| fail(task, &err)) {
-                    complete(task, Status::PANICKED, &note.message, &place_json(&note.place));
+                if let Err(note) = guard(|| fail(host, task, &err)) {
+                    host.complete(task, End::PANICKED, &note.message, &place_json(&note.place));
                 }
             }
-            Err(note) => complete(task, Status::PANICKED, &note.message, &place_json(&note.place)),
+            Err(note) => host.complete(task, End::PANICKED, &note.message, &place_json(&note.place)),
         }
     };
-    let attempt = tracing::Instrument::instrument(attempt, logging::task_span(task.0));
-    plugin.handle.spawn(attempt);
+    plugin.handle.spawn(tracing::Instrument::instrument(attempt, logging::task_span(run)));
     Ok(())
 }
 
-fn fail(task: Task, err: &Error) {
+fn fail(host: Host, task: Task, err: &Error) {
     let infrastructure = err.port_error().is_some_and(|port| port.kind().is_infrastructure());
-    let status = if err.is_invalid_input() {
-        Status::INVALID_INPUT
+    let end = if err.is_invalid_input() {
+        End::INVALID_INPUT
     } else if infrastructure {
-        Status::STORAGE
+        End::STORAGE
     } else if err.is_retryable() {
-        Status::RETRYABLE
+        End::RETRYABLE
     } else {
-        Status::FAILED
+        End::FAILED
     };
     let details = match err.details_json() {
         serde_json::Value::Null => String::new(),
         details => details.to_string(),
     };
-    complete(task, status, &err.chain(), &details);
+    host.complete(task, end, &err.chain(), &details);
 }
 
 fn place_json(place: &str) -> String {
     json!({ "place": place }).to_string()
 }
 
-unsafe extern "C" fn cancel(task: Task) {
+unsafe extern "C" fn cancel(instance: Instance, task: Task) {
     let _ = guard(|| {
-        if let Some(plugin) = PLUGIN.get() {
-            if let Some(signal) = lock(&plugin.tasks).get(&task.0) {
-                signal.stop();
-            }
+        if let Some(signal) = plugin(instance).and_then(|plugin| lock(&plugin.tasks).get(&task.0).cloned()) {
+            signal.stop();
         }
     });
 }
 
-unsafe extern "C" fn shutdown(deadline_ms: u32) {
+unsafe extern "C" fn shutdown(instance: Instance, deadline_ms: u32) {
     let _ = guard(|| {
-        if let Some(plugin) = PLUGIN.get() {
-            let runtime = lock(&plugin.runtime).take();
-            if let Some(runtime) = runtime {
-                runtime.shutdown_timeout(Duration::from_millis(u64::from(deadline_ms)));
-            }
+        let Some(plugin) = plugin(instance) else { return };
+        let runtime = lock(&plugin.runtime).take();
+        if let Some(runtime) = runtime {
+            runtime.shutdown_timeout(Duration::from_millis(u64::from(deadline_ms)));
         }
+        write_plugins().retain(|other| other.number != instance.0);
+        apply_log_level();
     });
 }
 
 /// Calls of one task, across the boundary.
 struct HostPort {
+    host: Host,
     task: Task,
     signal: Arc<StopSignal>,
 }
@@ -251,15 +343,15 @@ struct HostPort {
 impl Port for HostPort {
     fn call(&self, call: Call) -> Reply {
         let (sender, answer) = oneshot::channel();
-        match HOST.get() {
-            Some(host) => dispatch(*host, self.task, call, sender),
-            None => {
-                let _ = sender.send(Err(PortError::new(PortErrorKind::TaskOver, "there is no host")));
-            }
-        }
+        let user = Box::into_raw(Box::<ReplySender>::new(sender)).cast::<c_void>();
+        self.host.call(self.task, call, Callback { call: Some(answered) }, user);
         Box::pin(async move {
             answer.await.unwrap_or_else(|_| Err(PortError::new(PortErrorKind::TaskOver, "the host gave no answer")))
         })
+    }
+
+    fn tell(&self, call: Call) {
+        self.host.call(self.task, call, Callback { call: None }, std::ptr::null_mut());
     }
 
     fn stop_signal(&self) -> &Arc<StopSignal> {
@@ -267,99 +359,72 @@ impl Port for HostPort {
     }
 }
 
-type ReplySender = oneshot::Sender<Result<Payload, PortError>>;
+type ReplySender = oneshot::Sender<Answered>;
 
-fn dispatch(host: HostRef, task: Task, call: Call, sender: ReplySender) {
-    let reply = Callback { call: answered };
-    let user = Box::into_raw(Box::new(sender)).cast::<c_void>();
-    // SAFETY: every entry of `host` used here is a mandatory one of version 1, or looked up. Borrowed texts live
-    // until the call returns, and the host may not use them longer. `user` is the box above, and the host passes it
-    // to `reply` exactly once.
-    unsafe {
-        match &call {
-            Call::Progress(json) => host.progress()(task, lend(json), reply, user),
-            Call::Event(json) => host.event()(task, lend(json), reply, user),
-            Call::CancelReason => host.cancel_reason()(task, reply, user),
-            Call::Token => host.token()(task, reply, user),
-            Call::Usage(json) => match host.usage() {
-                Some(usage) => usage(task, lend(json), reply, user),
-                None => (reply.call)(user, Status::UNSUPPORTED, owned(b"this host takes no usage".to_vec())),
-            },
-            Call::TaskDir => match host.task_dir() {
-                Some(task_dir) => task_dir(task, reply, user),
-                None => (reply.call)(user, Status::UNSUPPORTED, owned(Vec::new())),
-            },
-            Call::InputOpen { cid } => host.input_open()(task, lend(cid), reply, user),
-            Call::InputRead { stream, max } => host.input_read()(task, *stream, *max, reply, user),
-            Call::InputClose { stream } => host.input_close()(task, *stream, reply, user),
-            Call::InputFile { cid } => host.input_file()(task, lend(cid), reply, user),
-            Call::OutputOpen { spec } => host.output_open()(task, lend(spec), reply, user),
-            Call::OutputFinish { stream } => host.output_finish()(task, *stream, reply, user),
-            Call::OutputAbort { stream } => host.output_abort()(task, *stream, reply, user),
-            Call::OutputFile { spec, path } => host.output_file()(task, lend(spec), lend(path), reply, user),
-            Call::OutputWrite { .. } => {
-                let Call::OutputWrite { stream, data } = call else { unreachable!("matched above") };
-                host.output_write()(task, stream, owned(data), reply, user);
+impl Host {
+    fn call(self, task: Task, call: Call, reply: Callback, user: *mut c_void) {
+        let Self { api, word } = self;
+        // SAFETY: every entry used here is a mandatory one of this major version. Borrowed texts live until the call
+        // returns, and the host may not use them longer. The host passes `user` to `reply` exactly once.
+        unsafe {
+            match call {
+                Call::Progress(json) => api.progress()(word, task, lend(&json), reply, user),
+                Call::Event(json) => api.event()(word, task, lend(&json), reply, user),
+                Call::Usage(json) => api.usage()(word, task, lend(&json), reply, user),
+                Call::CancelReason => api.cancel_reason()(word, task, reply, user),
+                Call::Token => api.token()(word, task, reply, user),
+                Call::TaskDir => api.task_dir()(word, task, reply, user),
+                Call::InputOpen { cid, flags } => api.input_open()(word, task, lend(&cid), flags, reply, user),
+                Call::InputRead { stream, max } => api.input_read()(word, task, stream, max, reply, user),
+                Call::InputClose { stream } => api.input_close()(word, task, stream, reply, user),
+                Call::InputFile { cid } => api.input_file()(word, task, lend(&cid), reply, user),
+                Call::OutputOpen { path, options } => {
+                    api.output_open()(word, task, lend(&path), lend(&options), reply, user);
+                }
+                Call::OutputWrite { stream, data } => {
+                    api.output_write()(word, task, stream, owned(data), reply, user);
+                }
+                Call::OutputFinish { stream } => api.output_finish()(word, task, stream, reply, user),
+                Call::OutputAbort { stream } => api.output_abort()(word, task, stream, reply, user),
+                Call::OutputFile { path, options, file } => {
+                    api.output_file()(word, task, lend(&path), lend(&options), lend(&file), reply, user);
+                }
             }
         }
+    }
+
+    /// Whether the host wants the task to stop, or has abandoned it.
+    fn wants_stop(self, task: Task) -> bool {
+        // SAFETY: this is a mandatory entry of this major version, which accepts any number.
+        unsafe { self.api.cancelled()(self.word, task) != 0 }
+    }
+
+    fn complete(self, task: Task, end: End, text: &str, details: &str) {
+        // SAFETY: this is a mandatory entry of this major version. The texts live until the call returns. A second
+        // completion is answered STALE and has no effect.
+        unsafe { self.api.complete()(self.word, task, end, lend(text), lend(details)) };
+    }
+
+    fn log(self, task: Task, level: u32, target: &str, text: &str, fields: &str) {
+        // SAFETY: this is a mandatory entry of this major version. The texts live until the call returns.
+        unsafe { self.api.log()(self.word, task, level, lend(target), lend(text), lend(fields)) };
     }
 }
 
 /// Receives the host's answer to a call.
-unsafe extern "C" fn answered(user: *mut c_void, status: Status, data: Bytes) {
+unsafe extern "C" fn answered(user: *mut c_void, status: Status, number: u64, data: abi::Bytes) {
     // SAFETY: the host received `data` from nobody else and hands it over here.
-    let data = unsafe { OwnedBytes::new(data) };
-    // SAFETY: `user` is the box made in `dispatch`, and the host calls back exactly once.
+    let data = unsafe { received(data) };
+    // SAFETY: `user` is the box made in `HostPort::call`, and the host calls back exactly once.
     let sender = unsafe { Box::from_raw(user.cast::<ReplySender>()) };
     let _ = guard(|| {
         let answer = if status == Status::OK {
-            Ok(Payload::Foreign(data))
+            Ok(Answer { number, data })
         } else {
-            Err(PortError::new(kind(status), String::from_utf8_lossy(&data).into_owned()))
+            Err(PortError::new(kind_of(status), String::from_utf8_lossy(&data)))
         };
         let _ = sender.send(answer);
     });
-}
-
-fn kind(status: Status) -> PortErrorKind {
-    match status {
-        Status::NOT_FOUND => PortErrorKind::NotFound,
-        Status::BAD_REQUEST => PortErrorKind::BadRequest,
-        Status::INVALID_PATH => PortErrorKind::InvalidPath,
-        Status::UNAUTHORIZED => PortErrorKind::Unauthorized,
-        Status::CONFLICT => PortErrorKind::Conflict,
-        Status::SERVER => PortErrorKind::Server,
-        Status::NETWORK => PortErrorKind::Network,
-        Status::MALFORMED => PortErrorKind::Malformed,
-        Status::UNSUPPORTED => PortErrorKind::Unsupported,
-        Status::STALE => PortErrorKind::TaskOver,
-        Status::LEASE_OVER => PortErrorKind::LeaseOver,
-        Status::LOCAL => PortErrorKind::Local,
-        Status::LIMIT => PortErrorKind::Limit,
-        Status::SETUP => PortErrorKind::Setup,
-        _ => PortErrorKind::Other,
-    }
-}
-
-/// Whether the host wants the task to stop, or has abandoned it.
-fn already_stopped(task: Task) -> bool {
-    // SAFETY: this is a mandatory entry of version 1, which accepts any number.
-    HOST.get().is_some_and(|host| unsafe { host.cancelled()(task) } != 0)
-}
-
-fn complete(task: Task, status: Status, text: &str, details: &str) {
-    if let Some(host) = HOST.get() {
-        // SAFETY: this is a mandatory entry of version 1. The texts live until the call returns. A second
-        // completion is answered STALE and has no effect.
-        unsafe { host.complete()(task, status, lend(text), lend(details)) };
-    }
-}
-
-pub(crate) fn send_log(task: u64, level: u32, target: &str, text: &str, fields: &str) {
-    if let Some(host) = HOST.get() {
-        // SAFETY: this is a mandatory entry of version 1. The texts live until the call returns.
-        unsafe { host.log()(Task(task), level, lend(target), lend(text), lend(fields)) };
-    }
 }
 
 fn lend(text: &str) -> Str {
@@ -377,52 +442,55 @@ unsafe fn text<'a>(text: Str) -> &'a str {
     std::str::from_utf8(bytes).unwrap_or_default()
 }
 
-/// Hands a vector over. The other side frees it through `release`.
-pub(crate) fn owned(bytes: Vec<u8>) -> Bytes {
+/// # Safety
+/// `texts` must point to `len` texts that are readable for as long as the result is used.
+unsafe fn texts<'a>(list: *const Str, len: u32) -> Vec<&'a str> {
+    if len == 0 {
+        return Vec::new();
+    }
+    // SAFETY: the caller guarantees it.
+    unsafe { std::slice::from_raw_parts(list, len as usize).iter().map(|item| text(*item)).collect() }
+}
+
+/// Hands bytes over. The other side frees them through `release`.
+pub(crate) fn owned(bytes: Bytes) -> abi::Bytes {
     unsafe extern "C" fn release(owner: *mut c_void) {
         // SAFETY: `owner` is the box created below. The contract says that it is released exactly once.
-        drop(unsafe { Box::from_raw(owner.cast::<Vec<u8>>()) });
+        drop(unsafe { Box::from_raw(owner.cast::<Bytes>()) });
     }
     if bytes.is_empty() {
-        return Bytes { ptr: std::ptr::null(), len: 0, owner: std::ptr::null_mut(), release: None };
+        return abi::Bytes { ptr: std::ptr::null(), len: 0, owner: std::ptr::null_mut(), release: None };
     }
-    let boxed = Box::new(bytes);
-    let (ptr, len) = (boxed.as_ptr(), boxed.len());
-    Bytes { ptr, len, owner: Box::into_raw(boxed).cast(), release: Some(release) }
+    let (ptr, len) = (bytes.as_ptr(), bytes.len());
+    abi::Bytes { ptr, len, owner: Box::into_raw(Box::new(bytes)).cast(), release: Some(release) }
+}
+
+/// Takes over bytes from the other side. They are released when the last part of them is dropped.
+///
+/// # Safety
+/// `bytes` must be complete, and nobody else may release it.
+unsafe fn received(bytes: abi::Bytes) -> Bytes {
+    let bytes = Received(bytes);
+    if bytes.0.len == 0 { Bytes::new() } else { Bytes::from_owner(bytes) }
 }
 
 /// Bytes received across the boundary, released on drop.
-pub(crate) struct OwnedBytes(Bytes);
+struct Received(abi::Bytes);
 
 // SAFETY: the contract of `Bytes` allows reading and releasing from any thread. Nothing is written.
-unsafe impl Send for OwnedBytes {}
-// SAFETY: as above.
-unsafe impl Sync for OwnedBytes {}
+unsafe impl Send for Received {}
 
-impl OwnedBytes {
-    /// # Safety
-    /// `bytes` must be complete, and nobody else may release it.
-    unsafe fn new(bytes: Bytes) -> Self {
-        Self(bytes)
-    }
-}
-
-impl Deref for OwnedBytes {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        if self.0.len == 0 {
-            return &[];
-        }
-        // SAFETY: the caller of `new` guaranteed complete bytes. They are released only in drop.
+impl AsRef<[u8]> for Received {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: the caller of `received` guaranteed complete bytes. They are released only in drop.
         unsafe { std::slice::from_raw_parts(self.0.ptr, self.0.len) }
     }
 }
 
-impl Drop for OwnedBytes {
+impl Drop for Received {
     fn drop(&mut self) {
         if let Some(release) = self.0.release {
-            // SAFETY: the caller of `new` guaranteed that nobody else releases the bytes.
+            // SAFETY: the caller of `received` guaranteed that nobody else releases the bytes.
             unsafe { release(self.0.owner) };
         }
     }

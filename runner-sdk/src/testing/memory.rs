@@ -2,19 +2,24 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    future::ready,
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    task::{Context, Poll, Waker},
 };
 
-use serde::Deserialize;
+use bytes::Bytes;
 use serde_json::{Value, json};
 
 use crate::{
     CancelReason, Usage,
-    author::{Call, Payload, Port, PortError, PortErrorKind, Reply, StopSignal},
+    author::{BoxFuture, Port, PortError, PortErrorKind, Reply, StopSignal},
+    host_calls::{
+        ArtifactSpec, Backend, Budget, Call, Called, EVENT_BYTES_MAX, HostCalls, PROGRESS_BYTES_MAX, Sink, Source,
+    },
 };
 
 /// An artifact as the test host keeps it.
@@ -40,6 +45,7 @@ pub(super) struct Records {
 
 pub(super) struct Memory {
     ids: AtomicU64,
+    budget: Mutex<Budget>,
     state: Mutex<State>,
 }
 
@@ -51,25 +57,14 @@ struct State {
     tokens_max: Option<u64>,
     reason: Option<CancelReason>,
     dir: PathBuf,
-    /// Signal of the current run.
-    running: Option<Arc<StopSignal>>,
-    reading: HashMap<u64, (Vec<u8>, usize)>,
-    writing: HashMap<u64, (Spec, Vec<u8>)>,
+    /// The current run.
+    running: Option<Arc<Run>>,
     records: Records,
-}
-
-#[derive(Clone, Deserialize)]
-struct Spec {
-    path: String,
-    name: Option<String>,
-    data_type: Option<String>,
-    existing_id: Option<String>,
-    size: Option<u64>,
 }
 
 impl Memory {
     pub(super) fn new() -> Self {
-        Self { ids: AtomicU64::new(1), state: Mutex::default() }
+        Self { ids: AtomicU64::new(1), budget: Mutex::new(Budget::unlimited()), state: Mutex::default() }
     }
 
     pub(super) fn add_input(&self, cid: &str, bytes: Vec<u8>) {
@@ -78,6 +73,10 @@ impl Memory {
 
     pub(super) fn set_token(&self, token: &str) {
         self.lock().token = Some(token.to_owned());
+    }
+
+    pub(super) fn set_budget(&self, bytes: u64) {
+        *self.budget.lock().unwrap_or_else(PoisonError::into_inner) = Budget::new(bytes);
     }
 
     pub(super) fn set_tokens_max(&self, max: u64) {
@@ -95,23 +94,25 @@ impl Memory {
     /// Begins a run and returns what answers its calls.
     pub(super) fn begin(self: &Arc<Self>, dir: PathBuf) -> Arc<Run> {
         let signal = Arc::new(StopSignal::default());
+        let budget = self.budget.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let calls = Arc::new(HostCalls::new(InMemory { memory: Arc::clone(self), budget }));
+        let run = Arc::new(Run { calls, signal });
         let mut state = self.lock();
         if state.reason.is_some() {
-            signal.stop();
+            run.signal.stop();
         }
         state.dir = dir;
-        state.running = Some(Arc::clone(&signal));
+        state.running = Some(Arc::clone(&run));
         state.records = Records::default();
-        Arc::new(Run { memory: Arc::clone(self), signal })
+        run
     }
 
     pub(super) fn end(&self) {
-        let mut state = self.lock();
-        if let Some(signal) = state.running.take() {
-            signal.end();
+        let ended = self.lock().running.take();
+        if let Some(run) = ended {
+            run.signal.end();
+            run.calls.close();
         }
-        state.reading.clear();
-        state.writing.clear();
     }
 
     pub(super) fn records(&self) -> Records {
@@ -122,124 +123,21 @@ impl Memory {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn answer(&self, signal: &StopSignal, call: Call) -> Result<Payload, PortError> {
-        let mut state = self.lock();
-        if signal.is_over() {
-            return Err(PortError::new(PortErrorKind::TaskOver, "the task is over"));
-        }
-        let moves_data =
-            !matches!(call, Call::Progress(_) | Call::Event(_) | Call::Usage(_) | Call::CancelReason | Call::TaskDir);
-        if moves_data && state.reason == Some(CancelReason::LeaseLost) {
+    /// After a lost lease no data moves.
+    fn lock_for_data(&self) -> Result<std::sync::MutexGuard<'_, State>, PortError> {
+        let state = self.lock();
+        if state.reason == Some(CancelReason::LeaseLost) {
             return Err(PortError::new(PortErrorKind::LeaseOver, "the lease is over"));
         }
-        match call {
-            Call::Progress(text) => {
-                let value = parse(&text)?;
-                state.records.progress.push(value);
-                if state.cancel_after == Some(state.records.progress.len()) {
-                    state.cancel(CancelReason::Plane);
-                }
-                nothing()
-            }
-            Call::Event(text) => {
-                let value = parse(&text)?;
-                state.records.events.push(value);
-                nothing()
-            }
-            Call::Usage(text) => {
-                let more: Usage = serde_json::from_value(parse(&text)?).map_err(|err| bad_request(&err.to_string()))?;
-                if more.usd_cost < 0.0 {
-                    return Err(bad_request("usd_cost is negative"));
-                }
-                let sum = &mut state.records.usage;
-                sum.tokens_in = sum.tokens_in.saturating_add(more.tokens_in);
-                sum.tokens_out = sum.tokens_out.saturating_add(more.tokens_out);
-                sum.usd_cost += more.usd_cost;
-                let used = sum.tokens_in.saturating_add(sum.tokens_out);
-                if state.tokens_max.is_some_and(|max| used > max) {
-                    state.cancel(CancelReason::Budget);
-                }
-                nothing()
-            }
-            Call::CancelReason => Ok(Payload::Local(reason_word(state.reason.as_ref()).into_bytes())),
-            Call::Token => match &state.token {
-                Some(token) => Ok(Payload::Local(token.clone().into_bytes())),
-                None => Err(PortError::new(PortErrorKind::Unsupported, "this task was not granted a token")),
-            },
-            Call::TaskDir => std::fs::create_dir_all(&state.dir).map_err(local).and_then(|()| nothing()),
-            Call::InputOpen { cid } => {
-                let bytes = input(&state, &cid)?.clone();
-                let stream = self.next_id();
-                let answer = json!({ "stream": stream, "cid": cid, "name": cid, "size": bytes.len() });
-                state.reading.insert(stream, (bytes, 0));
-                reply(&answer)
-            }
-            Call::InputRead { stream, max } => {
-                let (bytes, at) = state.reading.get_mut(&stream).ok_or_else(closed)?;
-                let end = bytes.len().min(at.saturating_add(usize::try_from(max).unwrap_or(usize::MAX)));
-                let piece = bytes[*at..end].to_vec();
-                *at = end;
-                Ok(Payload::Local(piece))
-            }
-            Call::InputClose { stream } => {
-                state.reading.remove(&stream);
-                nothing()
-            }
-            Call::InputFile { cid } => {
-                let bytes = input(&state, &cid)?.clone();
-                let root = state.dir.join(format!("input-{}", self.next_id()));
-                let path = root.join("input");
-                std::fs::create_dir_all(&root).and_then(|()| std::fs::write(&path, &bytes)).map_err(local)?;
-                reply(&json!({ "cid": cid, "name": cid, "size": bytes.len(), "path": path, "root_dir": root }))
-            }
-            Call::OutputOpen { spec } => {
-                let stream = self.next_id();
-                state.writing.insert(stream, (checked_spec(&spec)?, Vec::new()));
-                reply(&json!({ "stream": stream }))
-            }
-            Call::OutputWrite { stream, data } => {
-                let (_, bytes) = state.writing.get_mut(&stream).ok_or_else(closed)?;
-                bytes.extend_from_slice(&data);
-                nothing()
-            }
-            Call::OutputFinish { stream } => {
-                let (spec, bytes) = state.writing.remove(&stream).ok_or_else(closed)?;
-                if spec.size.is_some_and(|size| size != bytes.len() as u64) {
-                    return Err(PortError::new(
-                        PortErrorKind::BadRequest,
-                        format!(
-                            "{}: size {:?} was announced, {} bytes were written",
-                            spec.path,
-                            spec.size,
-                            bytes.len()
-                        ),
-                    ));
-                }
-                let id = self.store(&mut state, spec, bytes);
-                reply(&json!({ "id": id }))
-            }
-            Call::OutputAbort { stream } => {
-                state.writing.remove(&stream);
-                nothing()
-            }
-            Call::OutputFile { spec, path } => {
-                let spec = checked_spec(&spec)?;
-                let bytes = std::fs::read(&path).map_err(local)?;
-                if bytes.is_empty() {
-                    let message = format!("upload of {} refused: its file is empty", spec.path);
-                    return Err(PortError::new(PortErrorKind::BadRequest, message));
-                }
-                let id = self.store(&mut state, spec, bytes);
-                reply(&json!({ "id": id }))
-            }
-        }
+        Ok(state)
     }
 
-    fn store(&self, state: &mut State, spec: Spec, bytes: Vec<u8>) -> String {
-        let Spec { path, name, data_type, existing_id, .. } = spec;
+    fn store(&self, spec: ArtifactSpec, bytes: Vec<u8>) -> Result<Option<String>, PortError> {
+        let mut state = self.lock_for_data()?;
+        let ArtifactSpec { path, name, data_type, existing_id, .. } = spec;
         let id = existing_id.clone().unwrap_or_else(|| format!("artifact-{}", self.next_id()));
         state.records.outputs.insert(path, StoredArtifact { bytes, name, data_type, existing_id });
-        id
+        Ok(Some(id))
     }
 
     fn next_id(&self) -> u64 {
@@ -250,27 +148,198 @@ impl Memory {
 impl State {
     fn cancel(&mut self, reason: CancelReason) {
         self.reason = Some(reason);
-        if let Some(signal) = &self.running {
-            signal.stop();
+        if let Some(run) = &self.running {
+            run.signal.stop();
         }
     }
 }
 
 /// Answers the calls of one run. A context that outlives its run cannot affect the next one.
 pub(super) struct Run {
-    memory: Arc<Memory>,
+    calls: Arc<HostCalls<InMemory>>,
     signal: Arc<StopSignal>,
 }
 
 impl Port for Run {
     fn call(&self, call: Call) -> Reply {
-        let answer = self.memory.answer(&self.signal, call);
-        Box::pin(async move { answer })
+        match self.calls.call(call) {
+            Called::Now(answer) => Box::pin(ready(answer)),
+            // Begins the work. It waits only for memory.
+            Called::Later(mut work) => match work.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(answer) => Box::pin(ready(answer)),
+                Poll::Pending => work,
+            },
+        }
+    }
+
+    fn tell(&self, call: Call) {
+        drop(self.call(call));
     }
 
     fn stop_signal(&self) -> &Arc<StopSignal> {
         &self.signal
     }
+}
+
+/// Moves the data of one run.
+struct InMemory {
+    memory: Arc<Memory>,
+    budget: Budget,
+}
+
+impl Backend for InMemory {
+    fn budget(&self) -> &Budget {
+        &self.budget
+    }
+
+    fn progress(&self, value: Value) -> Result<(), PortError> {
+        bounded("progress", &value, PROGRESS_BYTES_MAX)?;
+        let mut state = self.memory.lock();
+        state.records.progress.push(value);
+        if state.cancel_after == Some(state.records.progress.len()) {
+            state.cancel(CancelReason::Plane);
+        }
+        Ok(())
+    }
+
+    fn event(&self, value: Value) -> BoxFuture<'_, Result<(), PortError>> {
+        let kept = bounded("event", &value, EVENT_BYTES_MAX);
+        if kept.is_ok() {
+            self.memory.lock().records.events.push(value);
+        }
+        Box::pin(ready(kept))
+    }
+
+    fn usage(&self, more: Usage) {
+        let mut state = self.memory.lock();
+        let sum = &mut state.records.usage;
+        sum.tokens_in = sum.tokens_in.saturating_add(more.tokens_in);
+        sum.tokens_out = sum.tokens_out.saturating_add(more.tokens_out);
+        sum.usd_cost += more.usd_cost;
+        let used = sum.tokens_in.saturating_add(sum.tokens_out);
+        if state.tokens_max.is_some_and(|max| used > max) {
+            state.cancel(CancelReason::Budget);
+        }
+    }
+
+    fn cancel_reason(&self) -> String {
+        reason_word(self.memory.lock().reason.as_ref())
+    }
+
+    fn token(&self) -> BoxFuture<'_, Result<(String, u64), PortError>> {
+        let token = self.memory.lock_for_data().and_then(|state| {
+            let refused = || PortError::new(PortErrorKind::Unsupported, "this task was not granted a token");
+            Ok((state.token.clone().ok_or_else(refused)?, 0))
+        });
+        Box::pin(ready(token))
+    }
+
+    fn make_folder(&self) -> Result<(), PortError> {
+        std::fs::create_dir_all(&self.memory.lock().dir).map_err(local)
+    }
+
+    fn open<'a>(&'a self, cid: &'a str) -> BoxFuture<'a, Result<Box<dyn Source>, PortError>> {
+        let opened = self.memory.lock_for_data().and_then(|state| {
+            let bytes = Bytes::from(input(&state, cid)?.clone());
+            let size = bytes.len() as u64;
+            let source: Box<dyn Source> = Box::new(Reading { cid: cid.to_owned(), size, rest: Some(bytes) });
+            Ok(source)
+        });
+        Box::pin(ready(opened))
+    }
+
+    fn materialize<'a>(&'a self, cid: &'a str) -> BoxFuture<'a, Result<Value, PortError>> {
+        let file = self.memory.lock_for_data().and_then(|state| {
+            let bytes = input(&state, cid)?;
+            let root = state.dir.join(format!("input-{}", self.memory.next_id()));
+            let path = root.join("input");
+            std::fs::create_dir_all(&root).and_then(|()| std::fs::write(&path, bytes)).map_err(local)?;
+            Ok(json!({ "cid": cid, "name": cid, "size": bytes.len(), "path": path, "root_dir": root }))
+        });
+        Box::pin(ready(file))
+    }
+
+    fn create(&self, spec: ArtifactSpec) -> BoxFuture<'_, Result<Box<dyn Sink>, PortError>> {
+        let created = self.memory.lock_for_data().and_then(|_state| {
+            let memory = Arc::clone(&self.memory);
+            let sink: Box<dyn Sink> = Box::new(Writing { memory, spec: checked_spec(spec)?, bytes: Vec::new() });
+            Ok(sink)
+        });
+        Box::pin(ready(created))
+    }
+
+    fn put_file<'a>(&'a self, spec: ArtifactSpec, file: &'a str) -> BoxFuture<'a, Result<Option<String>, PortError>> {
+        let put = || {
+            let spec = checked_spec(spec)?;
+            let bytes = std::fs::read(file).map_err(local)?;
+            if bytes.is_empty() {
+                return Err(bad_request(format!("upload of {} refused: its file is empty", spec.path)));
+            }
+            self.memory.store(spec, bytes)
+        };
+        Box::pin(ready(put()))
+    }
+}
+
+/// An input that is being read.
+struct Reading {
+    cid: String,
+    size: u64,
+    rest: Option<Bytes>,
+}
+
+impl Source for Reading {
+    fn meta(&self) -> Value {
+        json!({ "cid": self.cid, "name": self.cid, "size": self.size })
+    }
+
+    fn size(&self) -> Option<u64> {
+        Some(self.size)
+    }
+
+    fn next(&mut self) -> BoxFuture<'_, Result<Option<Bytes>, PortError>> {
+        Box::pin(ready(Ok(self.rest.take())))
+    }
+}
+
+/// An artifact that is being written.
+struct Writing {
+    memory: Arc<Memory>,
+    spec: ArtifactSpec,
+    bytes: Vec<u8>,
+}
+
+impl Sink for Writing {
+    fn write(&mut self, piece: Bytes) -> BoxFuture<'_, Result<(), PortError>> {
+        self.bytes.extend_from_slice(&piece);
+        Box::pin(ready(Ok(())))
+    }
+
+    fn finish(self: Box<Self>) -> BoxFuture<'static, Result<Option<String>, PortError>> {
+        let Self { memory, spec, bytes } = *self;
+        let wrong = spec.size.filter(|size| *size != bytes.len() as u64);
+        Box::pin(ready(match wrong {
+            Some(size) => Err(bad_request(format!(
+                "{}: size {size} was announced, {} bytes were written",
+                spec.path,
+                bytes.len()
+            ))),
+            None => memory.store(spec, bytes),
+        }))
+    }
+
+    fn abort(self: Box<Self>) -> BoxFuture<'static, ()> {
+        Box::pin(ready(()))
+    }
+}
+
+/// Refuses a value that a real host would refuse for its size.
+fn bounded(what: &str, value: &Value, max: usize) -> Result<(), PortError> {
+    let bytes = value.to_string().len();
+    if bytes <= max {
+        return Ok(());
+    }
+    Err(PortError::new(PortErrorKind::Limit, format!("{what} is {bytes} bytes of JSON, at most {max} are allowed")))
 }
 
 fn reason_word(reason: Option<&CancelReason>) -> String {
@@ -293,9 +362,7 @@ fn input<'a>(state: &'a State, cid: &str) -> Result<&'a Vec<u8>, PortError> {
 }
 
 /// The rules of a real store: see `ArtifactSink`.
-fn checked_spec(spec: &str) -> Result<Spec, PortError> {
-    let mut spec: Spec =
-        serde_json::from_str(spec).map_err(|err| PortError::new(PortErrorKind::BadRequest, err.to_string()))?;
+fn checked_spec(mut spec: ArtifactSpec) -> Result<ArtifactSpec, PortError> {
     if spec.path.len() > 1024 || spec.path.contains('\0') || spec.path.split('/').any(|segment| segment == "..") {
         return Err(PortError::new(
             PortErrorKind::InvalidPath,
@@ -307,24 +374,8 @@ fn checked_spec(spec: &str) -> Result<Spec, PortError> {
     Ok(spec)
 }
 
-fn parse(text: &str) -> Result<Value, PortError> {
-    serde_json::from_str(text).map_err(|err| PortError::new(PortErrorKind::BadRequest, err.to_string()))
-}
-
-fn bad_request(text: &str) -> PortError {
+fn bad_request(text: String) -> PortError {
     PortError::new(PortErrorKind::BadRequest, text)
-}
-
-fn nothing() -> Result<Payload, PortError> {
-    Ok(Payload::Local(Vec::new()))
-}
-
-fn reply(value: &Value) -> Result<Payload, PortError> {
-    Ok(Payload::Local(value.to_string().into_bytes()))
-}
-
-fn closed() -> PortError {
-    PortError::new(PortErrorKind::BadRequest, "the stream is closed")
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "used as a function of map_err")]

@@ -94,6 +94,14 @@ impl TestHost {
         self
     }
 
+    /// Limits the bytes that the run may hold in memory, as `MEMORY_BUDGET` of a node does. Without it there is no
+    /// limit.
+    #[must_use]
+    pub fn memory_budget(self, bytes: u64) -> Self {
+        self.memory.set_budget(bytes);
+        self
+    }
+
     /// Gives the run a budget of tokens. [`crate::ControlPlane::usage`] above it cancels the run.
     #[must_use]
     pub fn tokens_max(self, max: u64) -> Self {

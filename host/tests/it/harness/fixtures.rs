@@ -41,6 +41,12 @@ pub(crate) fn wants_token() -> PathBuf {
     BUILT.get_or_init(|| fixture("wants-token", "wants_token")).clone()
 }
 
+/// A plugin of the first draft of the ABI.
+pub(crate) fn first_draft() -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| fixture("first-draft", "first_draft")).clone()
+}
+
 /// A plugin built with the same SDK under a later version number.
 pub(crate) fn newer_sdk() -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
@@ -73,7 +79,7 @@ pub(crate) fn pointcloud() -> PathBuf {
     own("pointcloud")
 }
 
-/// A C plugin, such as `c("refused", &["ABI=0x20000"])`. It is `host/tests/fixtures/c/<name>.c`, compiled with `-D`
+/// A C plugin, such as `c("refused", &["ABI=0x30000"])`. It is `host/tests/fixtures/c/<name>.c`, compiled with `-D`
 /// for each of `defines`. The head of the file lists the defines.
 pub(crate) fn c(name: &str, defines: &[&str]) -> PathBuf {
     static BUILT: OnceLock<Mutex<HashMap<String, PathBuf>>> = OnceLock::new();

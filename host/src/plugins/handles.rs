@@ -1,4 +1,4 @@
-//! Maps handles to the tasks that run inside plugins.
+//! Maps numbers that plugins hold to what they name: tasks and instances.
 //!
 //! A handle is an index and a generation. A plugin may keep a handle after the end of the task, or use a number
 //! that is no handle. In both cases the lookup finds nothing and the call is answered `STALE`. Generations start at
@@ -12,10 +12,8 @@ use std::{
     },
 };
 
-use runner_sdk::abi::Task;
-
-/// A table of running tasks.
-pub(super) struct TaskTable<T> {
+/// A table of live things.
+pub(super) struct HandleTable<T> {
     slots: RwLock<Slots<T>>,
     stale: AtomicU64,
 }
@@ -27,73 +25,73 @@ struct Slots<T> {
 
 struct Slot<T> {
     generation: u32,
-    running: Option<Arc<T>>,
+    live: Option<Arc<T>>,
 }
 
-impl<T> TaskTable<T> {
+impl<T> HandleTable<T> {
     pub(super) const fn new() -> Self {
         Self { slots: RwLock::new(Slots { entries: Vec::new(), free: Vec::new() }), stale: AtomicU64::new(0) }
     }
 
-    /// Adds a task and returns its handle, which is never 0.
-    pub(super) fn insert(&self, running: Arc<T>) -> Task {
+    /// Adds `live` and returns its handle, which is never 0.
+    pub(super) fn insert(&self, live: Arc<T>) -> u64 {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         let index = match slots.free.pop() {
             Some(index) => index,
             None => {
-                let index = u32::try_from(slots.entries.len()).expect("fewer than 2^32 tasks run at once");
+                let index = u32::try_from(slots.entries.len()).expect("fewer than 2^32 are live at once");
                 // The keys of each `RandomState` are random.
                 let generation = RandomState::new().hash_one(index) as u32;
-                slots.entries.push(Slot { generation, running: None });
+                slots.entries.push(Slot { generation, live: None });
                 index
             }
         };
         let slot = &mut slots.entries[index as usize];
         // Generation 0 is skipped, so that no handle is ever 0.
         slot.generation = slot.generation.wrapping_add(1).max(1);
-        slot.running = Some(running);
-        Task(u64::from(index) | u64::from(slot.generation) << 32)
+        slot.live = Some(live);
+        u64::from(index) | u64::from(slot.generation) << 32
     }
 
-    /// Returns the task behind a handle. When there is none, the call is counted as stale.
-    pub(super) fn get(&self, task: Task) -> Option<Arc<T>> {
+    /// Returns what a handle names. When there is none, the call is counted as stale.
+    pub(super) fn get(&self, handle: u64) -> Option<Arc<T>> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
-        let found = slots.slot(task).and_then(|slot| slot.running.clone());
+        let found = slots.slot(handle).and_then(|slot| slot.live.clone());
         if found.is_none() {
             self.stale.fetch_add(1, Ordering::Relaxed);
         }
         found
     }
 
-    /// All tasks at the time of the call.
+    /// Everything live at the time of the call.
     pub(super) fn all(&self) -> Vec<Arc<T>> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
-        slots.entries.iter().filter_map(|slot| slot.running.clone()).collect()
+        slots.entries.iter().filter_map(|slot| slot.live.clone()).collect()
     }
 
     /// Retires a handle.
-    pub(super) fn remove(&self, task: Task) -> Option<Arc<T>> {
+    pub(super) fn remove(&self, handle: u64) -> Option<Arc<T>> {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
-        let index = (task.0 & u64::from(u32::MAX)) as usize;
-        let generation = (task.0 >> 32) as u32;
+        let index = (handle & u64::from(u32::MAX)) as usize;
+        let generation = (handle >> 32) as u32;
         let slot = slots.entries.get_mut(index).filter(|slot| slot.generation == generation);
-        let running = slot.and_then(|slot| slot.running.take());
-        if running.is_some() {
+        let live = slot.and_then(|slot| slot.live.take());
+        if live.is_some() {
             slots.free.push(index as u32);
         }
-        running
+        live
     }
 
-    /// Number of calls that named a task which was over or never existed.
+    /// Number of lookups that found nothing.
     pub(super) fn stale_calls(&self) -> u64 {
         self.stale.load(Ordering::Relaxed)
     }
 }
 
 impl<T> Slots<T> {
-    fn slot(&self, task: Task) -> Option<&Slot<T>> {
-        let index = (task.0 & u64::from(u32::MAX)) as usize;
-        let generation = (task.0 >> 32) as u32;
+    fn slot(&self, handle: u64) -> Option<&Slot<T>> {
+        let index = (handle & u64::from(u32::MAX)) as usize;
+        let generation = (handle >> 32) as u32;
         self.entries.get(index).filter(|slot| slot.generation == generation)
     }
 }
@@ -103,20 +101,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn scanned_handles_find_no_task() {
-        let table = TaskTable::new();
-        let handles: Vec<Task> = (0..4).map(|task| table.insert(Arc::new(task))).collect();
+    fn scanned_handles_find_nothing() {
+        let table = HandleTable::new();
+        let handles: Vec<u64> = (0..4).map(|task| table.insert(Arc::new(task))).collect();
         for index in 0..4 {
             for generation in 0..1024 {
-                assert_eq!(table.get(Task(index | generation << 32)), None);
+                assert_eq!(table.get(index | generation << 32), None);
             }
         }
         assert!(handles.iter().all(|handle| table.get(*handle).is_some()));
     }
 
     #[test]
-    fn handle_names_one_task_only() {
-        let table = TaskTable::new();
+    fn handle_names_one_thing_only() {
+        let table = HandleTable::new();
         let first = table.insert(Arc::new(1));
         assert_eq!(table.get(first).as_deref(), Some(&1));
         assert_eq!(table.remove(first).as_deref(), Some(&1));
@@ -124,8 +122,8 @@ mod tests {
         let second = table.insert(Arc::new(2));
         assert_ne!(first, second);
         assert_eq!(table.get(first), None);
-        assert_eq!(table.get(Task(0)), None);
-        assert_eq!(table.get(Task(u64::MAX)), None);
+        assert_eq!(table.get(0), None);
+        assert_eq!(table.get(u64::MAX), None);
         assert_eq!(table.get(second).as_deref(), Some(&2));
         assert_eq!(table.stale_calls(), 3);
     }

@@ -9,6 +9,7 @@
 
 use std::{
     collections::VecDeque,
+    fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -17,12 +18,20 @@ use serde::{Serialize, Serializer, ser::SerializeStruct};
 use tokio::sync::oneshot;
 
 /// An object that is larger than the whole budget.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{bytes} bytes do not fit into MEMORY_BUDGET, {limit} bytes; use a file or a stream instead of bytes")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OverBudget {
     bytes: u64,
     limit: u64,
 }
+
+impl fmt::Display for OverBudget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { bytes, limit } = self;
+        write!(f, "{bytes} bytes do not fit into MEMORY_BUDGET, {limit} bytes; use a file or a stream instead of bytes")
+    }
+}
+
+impl std::error::Error for OverBudget {}
 
 /// See the module documentation. Cheap to clone. All clones share one budget.
 #[derive(Clone, Debug)]
