@@ -4,19 +4,30 @@ use std::{borrow::Cow, fmt};
 
 use serde::{
     Deserialize, Deserializer, Serialize,
-    de::{Error as _, MapAccess, Visitor},
+    de::{Error as _, IgnoredAny, MapAccess, Visitor},
 };
 use serde_json::{Map, Value};
 
 /// The lease as it was when the task started, without credentials. Fields that this version does not know are kept
 /// in `extra`.
 ///
-/// Ids and times are text, exactly as the control plane sent them.
+/// Ids and times are text, exactly as the control plane sent them. There is no token in it: use
+/// [`crate::ControlPlane::token`]. A token in a stored lease is dropped when the lease is read.
+///
+/// Later versions have more fields. Code that needs a lease without a host changes a default one, or reads JSON:
+///
+/// ```
+/// use runner_sdk::LeaseEnvelope;
+///
+/// let mut lease = LeaseEnvelope::default();
+/// lease.task.id = "7".to_owned();
+/// let read: LeaseEnvelope = serde_json::from_str(r#"{ "task": { "id": "7", "capability": "" } }"#)?;
+/// assert_eq!(read, lease);
+/// # Ok::<(), serde_json::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct LeaseEnvelope {
-    /// Always absent in a task. The field exists so that stored leases parse. Use [`crate::ControlPlane::token`].
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub access_token: Option<String>,
     /// When the token expires, RFC 3339.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub access_token_expires_at: Option<String>,
@@ -41,8 +52,9 @@ pub struct LeaseEnvelope {
     pub extra: Map<String, Value>,
 }
 
-/// The task inside a lease.
+/// The task inside a lease. Later versions have more fields.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct TaskSpec {
     /// The task's id.
     pub id: String,
@@ -109,10 +121,10 @@ pub struct TaskSpec {
     pub extra: Map<String, Value>,
 }
 
-/// Reads an object's members into the fields of the same name, and all others into `extra`. It does what serde does
+/// Reads an object's members into the fields of the same name, drops some, and puts all others into `extra`. It does what serde does
 /// for a flattened map, without a copy of the whole object. Each task begins with this call.
 macro_rules! read_members {
-    ($type:ident needs [$($needed:ident),*] and may have [$($name:ident),* $(,)?]) => {
+    ($type:ident needs [$($needed:ident),*], drops [$($dropped:ident),*] and may have [$($name:ident),* $(,)?]) => {
         impl<'de> Deserialize<'de> for $type {
             fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
                 struct Members;
@@ -132,6 +144,7 @@ macro_rules! read_members {
                                     read.$needed = members.next_value()?;
                                     $needed = true;
                                 })*
+                                $(stringify!($dropped) => drop(members.next_value::<IgnoredAny>()?),)*
                                 $(stringify!($name) => read.$name = members.next_value()?,)*
                                 _ => drop(read.extra.insert(name.into_owned(), members.next_value()?)),
                             }
@@ -152,11 +165,11 @@ macro_rules! read_members {
 #[derive(Deserialize)]
 struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
 
-read_members!(LeaseEnvelope needs [task] and may have [
-    access_token, access_token_expires_at, lease_expires_at, cancel, status, domain_id, domain_server_url
+read_members!(LeaseEnvelope needs [task], drops [access_token] and may have [
+    access_token_expires_at, lease_expires_at, cancel, status, domain_id, domain_server_url
 ]);
 
-read_members!(TaskSpec needs [id, capability] and may have [
+read_members!(TaskSpec needs [id, capability], drops [] and may have [
     job_id, capability_filters, inputs_cids, outputs_prefix, label, stage, meta, priority, attempts, max_attempts,
     deps_remaining, status, mode, organization_filter, billing_units, estimated_credit_cost, debited_amount,
     debited_at, lease_expires_at,
@@ -204,7 +217,6 @@ mod tests {
             extra: Map::new(),
         };
         let lease = LeaseEnvelope {
-            access_token: text(),
             access_token_expires_at: text(),
             lease_expires_at: text(),
             cancel: true,
@@ -218,6 +230,14 @@ mod tests {
         assert_eq!(serde_json::from_str::<LeaseEnvelope>(&written).expect("parses"), lease);
         let value = serde_json::to_value(&lease).expect("writes");
         assert_eq!(serde_json::from_value::<LeaseEnvelope>(value).expect("parses"), lease);
+    }
+
+    #[test]
+    fn token_of_a_stored_lease_is_dropped() {
+        let stored = r#"{"access_token":"secret","task":{"id":"1","capability":"/a"}}"#;
+        let lease: LeaseEnvelope = serde_json::from_str(stored).expect("parses");
+        assert!(lease.extra.is_empty());
+        assert!(!serde_json::to_string(&lease).expect("writes").contains("token"));
     }
 
     #[test]
