@@ -227,7 +227,8 @@ impl Node {
         let over = CancellationToken::new();
         let pages = pages.map(|pages| tokio::spawn(pages.run(over.clone())));
         #[cfg(unix)]
-        let socket = self.socket.map(|socket| tokio::spawn(keep_open(socket, outbox.clone(), over.clone())));
+        let socket =
+            self.socket.map(|socket| tokio::spawn(keep_open(socket, outbox.clone(), events.clone(), over.clone())));
         #[cfg(not(unix))]
         let socket: Option<tokio::task::JoinHandle<()>> = None;
         let calls = (Arc::clone(&plugins), events.clone(), over.clone());
@@ -361,10 +362,10 @@ fn say_left(left: &Remaining) {
 
 /// Listens for commands in the current state folder.
 #[cfg(unix)]
-async fn keep_open(mut socket: ControlSocket, outbox: Outbox, over: CancellationToken) {
+async fn keep_open(mut socket: ControlSocket, outbox: Outbox, events: NodeEvents, over: CancellationToken) {
     loop {
         tokio::select! {
-            () = socket.run(outbox.clone(), over.clone()) => return,
+            () = socket.run(outbox.clone(), events.clone(), over.clone()) => return,
             () = outbox.moved() => {}
         }
         socket = match ControlSocket::open(outbox.folder()) {

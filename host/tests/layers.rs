@@ -31,7 +31,7 @@ const RULES: &[Rule] = &[
         &["crash", "leases", "model", "node_event"],
         "keeps reports until their control plane has accepted them",
     ),
-    ("control", &["listen", "model", "outbox"], "commands query a running node"),
+    ("control", &["listen", "model", "node_event", "outbox"], "commands query and control a running node"),
     ("crash", &[], "crash points for tests"),
     ("open_files", &[], "asks the system for more open files, once"),
     (

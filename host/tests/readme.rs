@@ -12,7 +12,7 @@ use std::{
 use runner_host::{cli::Exit, config::KEYS};
 
 /// Documents with commands in them.
-const DOCUMENTS: [&str; 15] = [
+const DOCUMENTS: [&str; 16] = [
     "README.md",
     "CONTRIBUTING.md",
     "ARCHITECTURE.md",
@@ -27,6 +27,7 @@ const DOCUMENTS: [&str; 15] = [
     "docs/operations/outbox.md",
     "docs/operations/registration.md",
     "docs/operations/status.md",
+    "docs/operations/tasks.md",
     "docs/operations/troubleshooting.md",
 ];
 
@@ -58,6 +59,7 @@ fn documented_commands_and_flags_exist() {
         }
     }
     for expected in [
+        "cancel",
         "config check",
         "dev",
         "invoke",

@@ -129,7 +129,7 @@ async fn invoke(
     };
     match &result.outcome {
         Outcome::Completed => {}
-        Outcome::Drained | Outcome::Cancelled => {
+        Outcome::Drained | Outcome::Cancelled | Outcome::CancelledByOperator => {
             print_line(format_args!("cancelled"));
             return Ok(Exit::Cancelled);
         }

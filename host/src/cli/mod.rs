@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand.
 
+mod cancel;
 mod completions;
 mod config;
 mod dev;
@@ -26,7 +27,7 @@ use uuid::Uuid;
 use crate::{
     config::{HostConfig, Key, Layers, Mistakes, Origin, Secrets, kernel_problem},
     dev::DevError,
-    model::{Capability, in_a_line, nearest, parse_duration},
+    model::{Capability, TaskId, TaskIdError, in_a_line, nearest, parse_duration},
     observe::logs::{self, Format},
     outbox::StateError,
     plugins::{Places, PluginsFile},
@@ -90,6 +91,8 @@ enum Command {
     /// Show and check the configuration of a node
     #[command(subcommand)]
     Config(config::Command),
+    /// End a running or waiting task; it is reported as failed, not retryable
+    Cancel(cancel::Args),
     /// List, retry or drop reports that the control plane has not accepted yet
     #[command(subcommand)]
     Outbox(outbox::Command),
@@ -106,6 +109,27 @@ pub struct PluginArgs {
     /// File that says what to load and how [default: plugins.toml in the current folder, if there is one]
     #[arg(long, value_name = "FILE")]
     plugins_file: Option<PathBuf>,
+}
+
+/// The node of a command, and the form of its output.
+#[derive(clap::Args)]
+pub(super) struct StateArgs {
+    /// The node's state folder [default: STATE_DIR]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Form of the output
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+}
+
+impl StateArgs {
+    /// The state folder of the node.
+    fn folder(&self, layers: &Layers) -> Result<PathBuf, Mistakes> {
+        match &self.state_dir {
+            Some(folder) => Ok(folder.clone()),
+            None => Ok(HostConfig::some(layers, &["state"])?.outbox.state_dir),
+        }
+    }
 }
 
 /// The format of printed data.
@@ -146,6 +170,7 @@ fn execute(cli: Cli, secrets: &Secrets) -> Exit {
         Command::Invoke(args) => invoke::run(args, &layers),
         Command::Plugins(command) => plugins::run(command, &layers),
         Command::Config(command) => config::run(&command, &layers, secrets),
+        Command::Cancel(args) => cancel::run(args, &layers),
         Command::Outbox(command) => outbox::run(&command, &layers),
         Command::Completions(args) => completions::run(&args),
     });
@@ -318,6 +343,14 @@ const YEAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 fn parse_duration_above_zero(text: &str) -> Result<Duration, String> {
     let time = parse_duration(text).filter(|time| !time.is_zero() && *time <= YEAR);
     time.ok_or_else(|| "expected a duration above 0 and of at most a year, such as 90s, 15m or 2h".to_owned())
+}
+
+/// The id of a task on the command line. A UUID may have any usual form.
+fn parse_task(text: &str) -> Result<TaskId, TaskIdError> {
+    match Uuid::try_parse(text) {
+        Ok(id) => Ok(id.into()),
+        Err(_) => TaskId::parse(text),
+    }
 }
 
 /// An id on the command line.

@@ -3,13 +3,12 @@
 use std::{collections::HashSet, path::PathBuf};
 
 use anyhow::Context as _;
-use uuid::Uuid;
 
-use super::{Exit, Output, block_on, counted, print_error, print_line, put, table};
+use super::{Exit, Output, StateArgs, block_on, counted, parse_task, print_error, print_line, put, table};
 use crate::{
-    config::{HostConfig, Layers},
+    config::Layers,
     control::{Reports, Wanted, client},
-    model::{TaskId, TaskIdError},
+    model::TaskId,
     outbox::{ImportedReports, Listing, OfflineOutbox, OfflineOutboxError, StateError},
 };
 
@@ -35,17 +34,6 @@ pub(super) enum Command {
         #[command(flatten)]
         state_args: StateArgs,
     },
-}
-
-/// The outbox and the form of the output.
-#[derive(clap::Args)]
-pub(super) struct StateArgs {
-    /// The node's state folder [default: STATE_DIR]
-    #[arg(long, value_name = "DIR")]
-    state_dir: Option<PathBuf>,
-    /// Form of the output
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Output,
 }
 
 /// The selected reports.
@@ -97,10 +85,7 @@ impl Command {
 
 pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
     let (Command::List { state_args } | Command::Retry { state_args, .. } | Command::Drop { state_args, .. }) = command;
-    let folder = match &state_args.state_dir {
-        Some(folder) => folder.clone(),
-        None => HostConfig::some(layers, &["state"])?.outbox.state_dir,
-    };
+    let folder = state_args.folder(layers)?;
     let tasks = command.tasks();
     let imported = command.imported()?;
     let found = imported.as_ref().map(ImportedReports::len);
@@ -192,14 +177,6 @@ fn print_added(count: usize, found: usize, running: bool) {
         _ if count == 0 => {}
         true => print_line(format_args!("added {reports}, which will be sent now")),
         false => print_line(format_args!("added {reports}; no node runs here, the next start sends them")),
-    }
-}
-
-/// Reads the id of a task. A UUID may have any usual form.
-fn parse_task(text: &str) -> Result<TaskId, TaskIdError> {
-    match Uuid::try_parse(text) {
-        Ok(id) => Ok(id.into()),
-        Err(_) => TaskId::parse(text),
     }
 }
 

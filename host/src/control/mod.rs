@@ -7,7 +7,10 @@ pub mod client;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{model::TaskId, outbox::Listing};
+use crate::{
+    model::{PlaneName, TaskId},
+    outbox::Listing,
+};
 
 /// The socket's name in the state folder.
 pub const SOCKET: &str = "control.sock";
@@ -24,6 +27,47 @@ pub struct Wanted {
 pub struct Reports {
     /// The oldest first.
     pub reports: Vec<Listing>,
+}
+
+/// The task to cancel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskToCancel {
+    /// Its id.
+    pub task: TaskId,
+    /// Its control plane. `null`: any.
+    pub plane: Option<PlaneName>,
+}
+
+/// The answer to the cancel of a task.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub enum CancelAnswer {
+    /// The task is cancelled. Its runner has the grace period to return.
+    Cancelled {
+        /// Its control plane.
+        plane: PlaneName,
+        /// The capability of the task.
+        capability: String,
+        /// Why it is cancelled. Another reason than `operator` came before this command.
+        reason: String,
+    },
+    /// Its runner has ended.
+    Ended {
+        /// How it ended. `null` while its report is sent.
+        outcome: Option<String>,
+    },
+    /// The node has no such task.
+    Unknown,
+    /// Several control planes have a task with this id.
+    SeveralTasks {
+        /// These control planes.
+        planes: Vec<String>,
+    },
+    /// The node does not serve this control plane.
+    NoSuchPlane {
+        /// The ones it serves.
+        planes: Vec<String>,
+    },
 }
 
 #[cfg(unix)]
@@ -78,9 +122,11 @@ mod socket {
     use tokio_util::sync::CancellationToken;
     use tower_service::Service as _;
 
-    use super::{Address, Reports, SOCKET, Wanted};
+    use super::{Address, CancelAnswer, Reports, SOCKET, TaskToCancel, Wanted};
     use crate::{
         listen::{self, Http2, Limits},
+        model::{CancelReason, HostStatus, PlaneName, TaskStage},
+        node_event::{NodeEvent, NodeEvents},
         outbox::{ImportedReports, Outbox},
     };
 
@@ -129,7 +175,7 @@ mod socket {
         }
 
         /// Serves until `stop`.
-        pub async fn run(self, outbox: Outbox, stop: CancellationToken) {
+        pub async fn run(self, outbox: Outbox, events: NodeEvents, stop: CancellationToken) {
             let Self { listener, socket: _socket } = self;
             let router = Router::new()
                 .route("/outbox", get(list))
@@ -137,7 +183,9 @@ mod socket {
                 .route("/outbox/drop", post(drop_reports))
                 // The body can be as large as the outbox that it comes from.
                 .route("/outbox/take-up", post(take_up).layer(DefaultBodyLimit::disable()))
-                .with_state(outbox);
+                .with_state(outbox)
+                .route("/tasks/cancel", post(cancel))
+                .with_state(events);
             listen::serve(listener, LIMITS, stop, |socket, (), _| {
                 let router = router.clone();
                 (socket, service_fn(move |request: Request<Incoming>| router.clone().call(request)))
@@ -160,6 +208,48 @@ mod socket {
 
     async fn take_up(State(outbox): State<Outbox>, Json(imported): Json<ImportedReports>) -> Json<Reports> {
         Json(Reports { reports: outbox.take_up(imported).await })
+    }
+
+    async fn cancel(State(events): State<NodeEvents>, Json(wanted): Json<TaskToCancel>) -> Json<CancelAnswer> {
+        // The guard ends before the event, which changes the status too.
+        let (answer, is_new) = cancel_held(&events.board().now(), &wanted);
+        if let (CancelAnswer::Cancelled { plane, .. }, true) = (&answer, is_new) {
+            events.emit(NodeEvent::TaskCancelledByOperator { plane: plane.clone(), task: wanted.task });
+        }
+        Json(answer)
+    }
+
+    /// Cancels a held task. Returns whether this call cancelled it. The guard of the status excludes that the runner
+    /// ends meanwhile: each cancel here is before the stage `reporting`, and thus counts.
+    fn cancel_held(status: &HostStatus, wanted: &TaskToCancel) -> (CancelAnswer, bool) {
+        let names = || status.planes.0.iter().map(|plane| &plane.name);
+        let is_wanted = |plane: &PlaneName| wanted.plane.as_ref().is_none_or(|wanted| wanted == plane);
+        let texts = |names: &mut dyn Iterator<Item = &PlaneName>| names.map(|name| name.as_str().to_owned()).collect();
+        if !names().any(is_wanted) {
+            return (CancelAnswer::NoSuchPlane { planes: texts(&mut names()) }, false);
+        }
+        let mut held = status.tasks.with_id(&wanted.task);
+        held.retain(|plane, _| is_wanted(plane));
+        if held.len() > 1 {
+            return (CancelAnswer::SeveralTasks { planes: texts(&mut held.into_keys()) }, false);
+        }
+        let Some((plane, task)) = held.pop_first() else {
+            let mut ended = status.recent.iter().rev();
+            let ended = ended.find(|record| record.task_id == wanted.task && is_wanted(&record.plane));
+            let answer = ended.map_or(CancelAnswer::Unknown, |record| CancelAnswer::Ended {
+                outcome: Some(record.outcome.as_str().to_owned()),
+            });
+            return (answer, false);
+        };
+        if task.state == TaskStage::Reporting {
+            return (CancelAnswer::Ended { outcome: None }, false);
+        }
+        let cancel = &task.held_lease().cancel;
+        let is_new = cancel.reason().is_none();
+        cancel.cancel(CancelReason::Operator);
+        let reason = cancel.reason().map_or("", CancelReason::as_str).to_owned();
+        let capability = task.capability.to_string();
+        (CancelAnswer::Cancelled { plane: plane.clone(), capability, reason }, is_new)
     }
 
     fn tasks(wanted: Wanted) -> Option<HashSet<crate::model::TaskId>> {

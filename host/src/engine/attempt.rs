@@ -118,6 +118,10 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
     result.timings = Timings::new(queued, began.elapsed().saturating_sub(queued));
     result.outcome.redact(&held_lease.tokens());
     modules.events.board().moved(slot.held, TaskStage::Reporting);
+    // From here on no operator can cancel the task. A cancel before it counts, whatever the runner returned.
+    if held_lease.cancel.reason() == Some(CancelReason::Operator) {
+        result.outcome = Outcome::CancelledByOperator;
+    }
     slot.pace.ended(lease_value(&held_lease, &result.outcome));
     let report = NewReport { plane: slot.source.facts(), lease, task_result: &result, elapsed: began.elapsed() };
     let report_end = deliver_report(&modules.outbox, report, free(permit, tidying), session, &stops).await;
@@ -180,6 +184,7 @@ fn lease_value(held_lease: &HeldLease, outcome: &Outcome) -> LeaseValue {
         | Outcome::Panicked { .. }
         | Outcome::Storage { .. }
         | Outcome::Cancelled
+        | Outcome::CancelledByOperator
         | Outcome::Drained => LeaseValue::Work,
         Outcome::Setup { .. } | Outcome::NoRunner | Outcome::LeaseLost | Outcome::HostFault { .. } => {
             LeaseValue::Nothing

@@ -74,7 +74,7 @@ pub enum CancelReason {
         /// How many it may use.
         max: u64,
     },
-    /// The operator at the terminal (only `invoke`).
+    /// An operator cancelled the task.
     Operator,
 }
 

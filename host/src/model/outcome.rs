@@ -85,6 +85,8 @@ pub enum Outcome {
     },
     /// The control plane cancelled the task. Nothing is reported.
     Cancelled,
+    /// An operator cancelled the task.
+    CancelledByOperator,
     /// The lease expired or went to another node. Nothing is reported.
     LeaseLost,
     /// The node shut down before the runner ended.
@@ -102,7 +104,7 @@ pub enum Outcome {
 pub enum OutcomeWord {
     /// The run exceeded a limit of time or tokens.
     Budget,
-    /// The control plane cancelled the task.
+    /// The control plane or an operator cancelled the task.
     Cancelled,
     /// The runner returned without error.
     Completed,
@@ -156,7 +158,8 @@ impl Outcome {
                 let message = format!("the run used {used} tokens, at most {max} are allowed");
                 Self::Budget { message, retryable: false }
             }
-            CancelReason::Plane | CancelReason::Operator => Self::Cancelled,
+            CancelReason::Plane => Self::Cancelled,
+            CancelReason::Operator => Self::CancelledByOperator,
         }
     }
 
@@ -170,7 +173,7 @@ impl Outcome {
             Self::Storage { .. } => OutcomeWord::Storage,
             Self::Budget { .. } => OutcomeWord::Budget,
             Self::Setup { .. } | Self::NoRunner | Self::HostFault { .. } => OutcomeWord::HostFault,
-            Self::Cancelled => OutcomeWord::Cancelled,
+            Self::Cancelled | Self::CancelledByOperator => OutcomeWord::Cancelled,
             Self::LeaseLost => OutcomeWord::LeaseLost,
             Self::Drained => OutcomeWord::Drained,
         }
@@ -195,6 +198,7 @@ impl Outcome {
             Self::Budget { .. } => "budget",
             Self::NoRunner => "no_runner",
             Self::Cancelled => "cancelled",
+            Self::CancelledByOperator => "cancelled_by_operator",
             Self::LeaseLost => "lease_lost",
             Self::Drained => "drained",
             Self::HostFault { .. } => "host_fault",
@@ -213,6 +217,7 @@ impl Outcome {
             Self::Panicked { message, place } => Some(format!("{message} at {place}")),
             Self::Setup { stage, message } => Some(format!("{}: {message}", stage.code())),
             Self::NoRunner => Some("no runner registered for this capability".to_owned()),
+            Self::CancelledByOperator => Some("cancelled by operator".to_owned()),
         }
     }
 
@@ -233,7 +238,12 @@ impl Outcome {
             | Self::Budget { message, .. }
             | Self::Setup { message, .. }
             | Self::HostFault { message } => clean(message),
-            Self::Completed | Self::NoRunner | Self::Cancelled | Self::LeaseLost | Self::Drained => {}
+            Self::Completed
+            | Self::NoRunner
+            | Self::Cancelled
+            | Self::CancelledByOperator
+            | Self::LeaseLost
+            | Self::Drained => {}
         }
     }
 
@@ -243,7 +253,9 @@ impl Outcome {
         match self {
             Self::Failed { retryable, .. } | Self::Budget { retryable, .. } => *retryable,
             Self::Storage { .. } | Self::Setup { .. } | Self::NoRunner | Self::Drained | Self::HostFault { .. } => true,
-            Self::Completed | Self::Panicked { .. } | Self::Cancelled | Self::LeaseLost => false,
+            Self::Completed | Self::Panicked { .. } | Self::Cancelled | Self::CancelledByOperator | Self::LeaseLost => {
+                false
+            }
         }
     }
 }
@@ -424,6 +436,7 @@ mod tests {
             Outcome::NoRunner,
             Outcome::Budget { message: "m".into(), retryable: true },
             Outcome::Cancelled,
+            Outcome::CancelledByOperator,
             Outcome::LeaseLost,
             Outcome::Drained,
             Outcome::HostFault { message: "m".into() },

@@ -317,6 +317,14 @@ pub struct HeldTasks {
 pub struct HeldNumber(u64);
 
 impl HeldTasks {
+    /// The held tasks with this id, by control plane: the newest one of each. A task that was renamed has two ids.
+    #[must_use]
+    pub fn with_id(&self, id: &TaskId) -> BTreeMap<&PlaneName, &TaskStatus> {
+        let held_leases = self.by_number.values().map(|task| (task, task.held_lease()));
+        let tasks = held_leases.filter(|(_, held)| held.lease.task() == id || held.address().task == *id);
+        tasks.map(|(task, _)| (&task.plane, task)).collect()
+    }
+
     /// The missed heartbeats, if every held lease of this control plane has missed some. Returns those of the lease that
     /// missed the fewest.
     #[must_use]
@@ -361,6 +369,14 @@ pub struct TaskStatus {
     /// the number that failed in a row. `heartbeat_error` says why the last one failed.
     #[serde(flatten)]
     pub running: RunningTask,
+}
+
+impl TaskStatus {
+    /// The live view of its lease.
+    #[must_use]
+    pub fn held_lease(&self) -> &HeldLease {
+        &self.running.0
+    }
 }
 
 /// The values that the control plane and the runner may change while a task is held. They are read when they are shown.

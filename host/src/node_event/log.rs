@@ -11,6 +11,7 @@ use crate::model::{DiskStatus, PlaneName, ReportState, TaskRecord, millis};
 const APP: &str = "runner_host::app";
 const ENGINE: &str = "runner_host::engine";
 const ATTEMPT: &str = "runner_host::engine::attempt";
+const CONTROL: &str = "runner_host::control";
 const DRIVER: &str = "runner_host::session::driver";
 const DISK: &str = "runner_host::storage::disk";
 const REGISTRATION: &str = "runner_host::auth::registration";
@@ -108,6 +109,9 @@ impl NodeEvent {
             Self::TaskStarted { .. } => info!(target: ATTEMPT, event = "task.started", "task started"),
             Self::TaskCancelled { task } => {
                 info!(target: DRIVER, event = "task.cancelled", task_id = %task, "control plane cancelled the task");
+            }
+            Self::TaskCancelledByOperator { plane, task } => {
+                info!(target: CONTROL, event = "task.cancelled_by_operator", task_id = %task, %plane, "operator cancelled the task");
             }
             Self::TaskRenamed { task, formerly } => {
                 info!(target: DRIVER, event = "task.renamed", task_id = %task, formerly = %formerly, "control plane renamed the task");

@@ -221,6 +221,13 @@ pub enum NodeEvent {
         /// The task.
         task: TaskId,
     },
+    /// An operator cancelled a task.
+    TaskCancelledByOperator {
+        /// The control plane of the task.
+        plane: PlaneName,
+        /// The task.
+        task: TaskId,
+    },
     /// The control plane gave a task another id.
     TaskRenamed {
         /// The new id.
@@ -410,6 +417,7 @@ impl NodeEvent {
             Self::TaskLeasedAgain { .. } => "task.leased_again",
             Self::TaskStarted { .. } => "task.started",
             Self::TaskCancelled { .. } => "task.cancelled",
+            Self::TaskCancelledByOperator { .. } => "task.cancelled_by_operator",
             Self::TaskRenamed { .. } => "task.renamed",
             Self::TaskEnded { .. } => "task.ended",
             Self::ReportWaiting { .. } => "report.waiting",
@@ -439,6 +447,7 @@ impl NodeEvent {
             | Self::TaskLeasedAgain { task }
             | Self::TaskStarted { task }
             | Self::TaskCancelled { task }
+            | Self::TaskCancelledByOperator { task, .. }
             | Self::TaskRenamed { task, .. }
             | Self::ReportWaiting { task, .. }
             | Self::ReportDelivered { task, .. }

@@ -71,6 +71,7 @@ fn all(board: &StatusBoard) -> Vec<NodeEvent> {
         NodeEvent::TaskLeasedAgain { task: task() },
         NodeEvent::TaskStarted { task: task() },
         NodeEvent::TaskCancelled { task: task() },
+        NodeEvent::TaskCancelledByOperator { plane: plane(), task: task() },
         NodeEvent::TaskRenamed { task: task(), formerly: task() },
         task_ended(board, ReportState::Accepted, Outcome::Completed),
         task_ended(board, ReportState::Accepted, failed()),

@@ -115,6 +115,19 @@ impl StateDir {
         }
     }
 
+    /// Whether a process uses the folder. Creates nothing.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn is_in_use(path: &Path) -> Result<bool, StateError> {
+        let lock = path.join(LOCK);
+        match File::open(&lock) {
+            Ok(lock) => Ok(lock.try_lock_shared().is_err()),
+            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(err) => Err(failed("open", &lock)(err)),
+        }
+    }
+
     /// Locks the folder again after it was removed or replaced during its use.
     ///
     /// # Errors

@@ -145,7 +145,7 @@ async fn completions_and_help_name_every_command() {
     let ended = Cli::new(&["completions", "bash"]).run().await.expect(0);
     assert!(ended.stdout.contains("_runner__host()") && ended.stdout.contains("--plugins-file"), "{}", ended.stdout);
     let help = Cli::new(&["--help"]).run().await.expect(0);
-    for command in ["run", "dev", "submit", "invoke", "plugins", "config", "outbox", "completions"] {
+    for command in ["run", "dev", "submit", "invoke", "cancel", "plugins", "config", "outbox", "completions"] {
         assert!(help.stdout.lines().any(|line| line.trim_start().starts_with(command)), "{command}: {}", help.stdout);
     }
     let help = Cli::new(&["run", "--help"]).run().await.expect(0);
@@ -178,6 +178,8 @@ async fn wrong_flags_get_suggestions() {
         (&["dev", "--leases-per-node", "0"], "expected a whole number above 0"),
         (&["dev", "--leases-per-node", "-1"], "expected a whole number above 0"),
         (&["dev", "--port", "-1"], "-1 is not in 0..=65535"),
+        (&["cancel", "a b"], "'a b' for '<TASK>': a task id has 1 to 128 "),
+        (&["cancel", "a", "--plane", "A"], "'A' for '--plane <NAME>': the name of a control plane has 1 to 64 "),
         (&["outbox", "drop", "a b"], "'a b' for '[TASK]...': a task id has 1 to 128 "),
         (&["submit", "/a", "--domain", "x"], "'x' for '--domain <UUID>': expected an id such as 00000000-"),
         (
@@ -910,6 +912,7 @@ async fn terminal_output_has_the_same_text() {
 async fn closed_stderr_causes_no_panic() {
     let dir = workplace(&[]);
     for (command, code) in [
+        ("cancel x", 1),
         ("outbox list", 1),
         ("outbox drop 00000000-0000-0000-0000-000000000000", 1),
         ("plugins list", 0),

@@ -14,6 +14,7 @@ mod bad_leases;
 #[cfg(feature = "grpc")]
 mod bad_node_planes;
 mod both_planes;
+mod cancel_command;
 mod cancellation;
 mod cli;
 mod clocks;

@@ -72,6 +72,7 @@ pub(super) fn report(to: &At<'_>, task_result: &TaskResult) -> Option<Report> {
         Outcome::Storage { message } => format!("storage: {message}"),
         Outcome::Budget { message, .. } => format!("budget: {message}"),
         Outcome::NoRunner => format!("no runner registered for capability: {}", to.capability),
+        Outcome::CancelledByOperator => task_result.outcome.reason().unwrap_or_default(),
         Outcome::Drained => "drained".to_owned(),
         Outcome::HostFault { message } => format!("host fault: {message}"),
     };
@@ -235,6 +236,7 @@ mod tests {
         );
         check(Outcome::Storage { message: "full".into() }, "storage: full", "storage/storage/true", plain);
         check(Outcome::Drained, "drained", "drained/drained/true", plain);
+        check(Outcome::CancelledByOperator, "cancelled by operator", "cancelled/cancelled_by_operator/false", plain);
         check(
             Outcome::NoRunner,
             "no runner registered for capability: /lab/echo/v1",
