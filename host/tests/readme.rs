@@ -12,14 +12,16 @@ use std::{
 use runner_host::{cli::Exit, config::KEYS};
 
 /// Documents with commands in them.
-const DOCUMENTS: [&str; 16] = [
+const DOCUMENTS: [&str; 18] = [
     "README.md",
     "CONTRIBUTING.md",
     "ARCHITECTURE.md",
     "plugins.toml",
     "runner-sdk/README.md",
     "docs/features.md",
+    "docs/jobs.md",
     "docs/performance.md",
+    "docs/porting.md",
     "docs/protocols/posemesh.md",
     "docs/operations/README.md",
     "docs/operations/configuration.md",

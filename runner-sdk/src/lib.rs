@@ -12,7 +12,7 @@ pub use author::{
     InputReader, InputSource, LeaseEnvelope, MaterializedInput, PortError, PortErrorKind, Runner, TaskCtx, TaskSpec,
     Usage,
 };
-pub use shim::spawn_blocking;
+pub use shim::{Spawned, spawn, spawn_blocking};
 
 /// Name of this crate.
 pub const CRATE_NAME: &str = env!("CARGO_PKG_NAME");

@@ -1,9 +1,10 @@
 //! `runner-host submit`: create a job, wait for it, download its artifacts.
 //!
-//! [`Args`] has the flags, `plane` and `runs` have the wires. `notes` has the messages for people, `artifacts` has the paths of
+//! [`Args`] has the flags, `inputs` their inputs, `plane` and `runs` have the wires. `notes` has the messages for people, `artifacts` has the paths of
 //! artifacts. Only `--cancel` cancels a job: an interrupted wait leaves it running.
 
 mod artifacts;
+mod inputs;
 mod notes;
 mod plane;
 mod runs;
@@ -19,13 +20,14 @@ use serde_json::{Value, json};
 use url::Url;
 use uuid::Uuid;
 
-use super::{Exit, Output, put, read_problem, signals, table, unreadable};
+use super::{Exit, Output, put, read_problem, signals, table};
 use crate::{
     config::{folder_problem, host_problem},
     model::{Capability, did_you_mean, in_a_line},
     transport::{self, Client},
 };
 use artifacts::{Artifact, Source};
+use inputs::Input;
 use notes::Notes;
 use plane::{Plane, PlaneError};
 use runs::RunPlane;
@@ -58,8 +60,10 @@ pub(super) struct Args {
     /// Control plane; node-runtime sends inputs of at most 1 MiB inline
     #[arg(long, value_name = "PLANE", value_enum, default_value_t = PlaneKind::Dms)]
     pub(super) plane: PlaneKind,
-    /// A file to upload as input; may be given several times
-    #[arg(long = "input", short, value_name = "FILE")]
+    /// A file to upload as input, or the id or URL of stored data; may be given several times
+    ///
+    /// If a file has the name of an id, it is uploaded.
+    #[arg(long = "input", short, value_name = "FILE|ID|URL")]
     pub(super) inputs: Vec<PathBuf>,
     /// Parameters of the runner
     #[arg(long, value_name = "JSON", value_parser = parse_json, default_value = "{}")]
@@ -364,7 +368,7 @@ async fn submit(
     notes: &mut Notes,
     no_node_after: Duration,
 ) -> Result<Exit, Stop> {
-    look(args).map_err(Stop::Usage)?;
+    let inputs = look(args).map_err(Stop::Usage)?;
     let found = find_plane(args, http).await?;
     let plane = plane_cell.get_or_init(|| found);
     if let Some(id) = args.cancel {
@@ -373,19 +377,26 @@ async fn submit(
     }
     let capability = args.capability.as_ref().expect("clap requires it without --cancel");
     at(state, |state| state.stage = Stage::Upload);
-    let inline = matches!(plane, Wire::Runs(_)) && runs::fit_inline(&args.inputs);
-    let mut inputs = Vec::new();
-    if !inline {
-        for input in &args.inputs {
-            inputs.push(plane.store().upload(input, notes).await?);
+    let inline = if let Wire::Runs(_) = plane { runs::inline(&inputs).map_err(Stop::Usage)? } else { None };
+    let mut cids = Vec::new();
+    if inline.is_none() {
+        for input in &inputs {
+            cids.push(match input {
+                Input::File(file) => plane.store().upload(file, notes).await?,
+                Input::Stored(cid) => cid.clone(),
+            });
         }
     }
     at(state, |state| state.stage = Stage::Create);
     let run = match plane {
         Wire::Jobs(_) => Value::Null,
         Wire::Runs(plane) => {
-            let uploaded = if inline { None } else { Some((plane.store(), inputs.as_slice())) };
-            runs::describe(args, capability, uploaded).map_err(Stop::Usage)?
+            let stored = || inputs.iter().map(Input::name).zip(cids.iter().cloned()).collect();
+            let (store, inputs) = match inline {
+                Some(values) => (None, values),
+                None => (Some(plane.store()), stored()),
+            };
+            runs::describe(args, capability, store, inputs)
         }
     };
     let mut jobs = Vec::new();
@@ -395,7 +406,7 @@ async fn submit(
         let (tasks, id) = match plane {
             Wire::Jobs(plane) => {
                 let tasks = left.min(TASKS_PER_JOB);
-                (tasks, plane.create_job(&job(args, capability, plane, &inputs, tasks), notes).await?)
+                (tasks, plane.create_job(&job(args, capability, plane, &cids, tasks), notes).await?)
             }
             Wire::Runs(plane) => (1, plane.create(&run, notes).await?),
         };
@@ -443,25 +454,18 @@ async fn cancel(form: Output, plane: &Wire, id: Uuid, out: &mut impl Write, note
     Ok(Exit::Done)
 }
 
-/// Checks every named file and folder before anything is sent. Returns why one cannot be used.
-fn look(args: &Args) -> Result<(), String> {
+/// Checks every named file and folder before anything is sent. Returns the inputs, or why one cannot be used.
+fn look(args: &Args) -> Result<Vec<Input>, String> {
     if args.plane == PlaneKind::NodeRuntime && args.dms.is_some() {
         return Err("--dms names a posemesh task service; it cannot be used with --plane node-runtime".to_owned());
     }
+    let inputs = args.inputs.iter().map(|input| Input::read(input)).collect::<Result<Vec<_>, _>>()?;
     if args.plane == PlaneKind::NodeRuntime && args.cancel.is_none() {
-        runs::check(args)?;
-    }
-    for input in &args.inputs {
-        if let Some(why) = unreadable("--input", input) {
-            return Err(why);
-        }
-        if !input.is_file() {
-            return Err(format!("--input {}: expected a file, found something else", input.display()));
-        }
+        runs::check(args, &inputs)?;
     }
     match args.out.as_deref().and_then(|out| Some((out, folder_problem(out)?))) {
         Some((out, why)) => Err(format!("--out {}: {why}", out.display())),
-        None => Ok(()),
+        None => Ok(inputs),
     }
 }
 
@@ -493,11 +497,12 @@ async fn find_plane(args: &Args, http: transport::Config) -> Result<Wire, Stop> 
     Ok(Wire::Jobs(Plane::new(client, dms, server.expect("clap requires it"), domain, token)?))
 }
 
-fn job(args: &Args, capability: &Capability, plane: &Plane, inputs: &[String], tasks: usize) -> Value {
+/// The body of `POST /jobs` (docs/jobs.md).
+fn job(args: &Args, capability: &Capability, plane: &Plane, cids: &[String], tasks: usize) -> Value {
     let name = capability.as_str();
     let task = json!({
         "label": name, "stage": "submit", "capability": name, "mode": "public", "capability_filters": {},
-        "priority": 0, "inputs_cids": inputs, "outputs_prefix": null, "meta": args.meta, "max_attempts": args.attempts,
+        "priority": 0, "inputs_cids": cids, "outputs_prefix": null, "meta": args.meta, "max_attempts": args.attempts,
     });
     json!({
         "domain_id": plane.domain(), "label": format!("submit {name}"), "priority": 0, "meta": {},

@@ -220,7 +220,7 @@ mod tests {
         let [mut first, mut given_up, mut last] = [1, 2, 3].map(|n| Box::pin(queue.event_when_free(json!([n]))));
         assert!(poll!(&mut first).is_pending() && poll!(&mut given_up).is_pending() && poll!(&mut last).is_pending());
         queue.acknowledge(&queue.pending());
-        // The one that has waited longest goes first, whoever is polled.
+        // The one that has waited longest goes first, even if another one is polled before it.
         assert!(poll!(&mut last).is_pending() && queue.pending().events.is_empty());
         drop(given_up);
         assert_eq!((first.await, last.await), (Ok(()), Ok(())));

@@ -201,6 +201,21 @@ async fn log_line_belongs_to_its_spans_task() {
 }
 
 #[tokio::test]
+async fn spawned_future_logs_with_its_task() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::zoo()]).set("RUST_LOG", "info").leasing().await;
+    let ended = test_server.run(&node, "/fixtures/spawns/v1", json!({})).await;
+    let task = ended.task()["id"].clone();
+    let (reason, _) = ended.failed();
+    let panicked = "runner failed: a spawned future panicked: boom in a spawned future at src/calls.rs:";
+    assert!(reason.starts_with(panicked), "{reason}");
+    for text in ["from a spawned future", "from a thread of a spawned future", "boom in a spawned future"] {
+        assert_eq!(node.says_text(text).await["task_id"], task, "{text}");
+    }
+    node.stop().await;
+}
+
+#[tokio::test]
 async fn log_lines_of_plugins_obey_the_hosts_filter() {
     let test_server = TestServer::start().await;
     let node = test_server.node(&[fixtures::zoo()]).set("RUST_LOG", "warn,runner_host::app=info").leasing().await;

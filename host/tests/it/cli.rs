@@ -203,7 +203,7 @@ pub(crate) fn exports(process: &Process) -> Vec<(String, String)> {
     pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
 }
 
-async fn call(request: http::request::Builder, body: &Value) -> Value {
+pub(crate) async fn call(request: http::request::Builder, body: &Value) -> Value {
     let body = if body.is_null() { String::new() } else { body.to_string() };
     let request = request.header("content-type", "application/json").body(transport::full(body)).expect("a request");
     let answer =

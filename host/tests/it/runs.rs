@@ -2,12 +2,13 @@
 
 use std::{fs, path::Path};
 
+use http::Request;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    cli::{exports, workplace},
+    cli::{call, exports, workplace},
     harness::{
         fixtures,
         node::{Cli, Process},
@@ -98,6 +99,38 @@ async fn large_inputs_and_results_pass_through_the_domain_server() {
     let rows: Value = serde_json::from_str(&ended.stdout).expect("JSON");
     let id = rows["tasks"][0]["artifacts"][0]["id"].as_str().expect("an id");
     uuid::Uuid::parse_str(id).expect("the id of data");
+    stop(&dev).await;
+}
+
+#[tokio::test]
+async fn stored_data_is_submitted_by_id_or_url() {
+    let dir = workplace(&[fixtures::hello()]);
+    let (dev, base) = dev(&dir, &["--plane", "both"]).await;
+    let submit = |args: &[&str]| {
+        let submit = Cli::new(&["submit", HELLO, "--wait"]).dir(dir.path()).set("RUST_LOG", "");
+        args.iter().fold(submit.set("RUNNER_HOST_DEV", &base), |submit, arg| submit.arg(*arg))
+    };
+    fs::write(dir.path().join("who.txt"), "reader").expect("the folder is writable");
+    let first = submit(&["--input", "who.txt", "-o", "json"]).run().await.expect(0);
+    let first: Value = serde_json::from_str(&first.stdout).expect("JSON");
+    let id = first["tasks"][0]["artifacts"][0]["id"].as_str().expect("an id");
+    let world = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
+    let text = |name: &str| world[name].as_str().expect("text").trim_end_matches('/').to_owned();
+    let data = format!("{}/api/v1/domains/{}/data", text("domain_server"), text("domain_id"));
+    for plane in ["dms", "node-runtime"] {
+        for input in [id.to_owned(), format!("{data}/{id}"), format!("{data}?ids={id}")] {
+            let ended = submit(&["--plane", plane, "--input", &input, "--out", "out"]).run().await.expect(0);
+            assert_eq!(ended.stdout, "out/outputs/hello.bin", "{plane} {input}");
+            let hello = fs::read(dir.path().join(&ended.stdout)).expect("brought");
+            assert_eq!(String::from_utf8_lossy(&hello), "hello, hello, reader", "{plane} {input}");
+        }
+    }
+    let twice = submit(&["--plane", "node-runtime", "--input", id, "--input", id]).run().await.expect(2);
+    assert!(twice.stderr.contains("it is given twice"), "{}", twice.stderr);
+    // A file wins over an id.
+    fs::write(dir.path().join(id), "file").expect("the folder is writable");
+    submit(&["--input", id, "--out", "out"]).run().await.expect(0);
+    assert_eq!(fs::read(dir.path().join("out/outputs/hello.bin")).expect("brought"), b"hello, file");
     stop(&dev).await;
 }
 

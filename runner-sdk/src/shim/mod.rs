@@ -8,6 +8,7 @@ mod export;
 mod logging;
 mod manifest;
 mod panics;
+mod spawn;
 
 use std::{
     backtrace::{Backtrace, BacktraceStatus},
@@ -41,6 +42,7 @@ pub use export::{Registration, from_config, from_default};
 pub use manifest::{ManifestKeys, checked, manifest, manifest_len};
 pub use panics::spawn_blocking;
 pub(crate) use panics::{Guarded, guard, install_hook};
+pub use spawn::{Spawned, spawn};
 
 /// Worker threads of an instance's runtime. Runners mostly wait. Computations use `spawn_blocking`.
 const WORKERS: usize = 2;

@@ -1,6 +1,6 @@
 //! The Node Runtime control plane of a dev server as an author's client sees it (docs/protocols/node-runtime.md).
-//! Inputs and results are inline. If the inputs are too large for that, both pass through the domain server of the dev
-//! server, which gives the node a token. A run is shown to the rest of the command in the form of a job with one task.
+//! Inputs and results are inline. If an input is stored already, or the inputs are too large, both pass through the
+//! domain server of the dev server, which gives the node a token. A run is shown to the rest of the command in the form of a job with one task.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -17,6 +17,7 @@ use uuid::Uuid;
 use super::{
     Args,
     artifacts::{Artifact, Source},
+    inputs::Input,
     notes::Notes,
     plane::{self, CALL_LIMIT, JSON, Plane, PlaneError, retrying},
 };
@@ -120,53 +121,42 @@ impl RunPlane {
 ///
 /// # Errors
 /// One line about it.
-pub(super) fn check(args: &Args) -> Result<(), String> {
+pub(super) fn check(args: &Args, inputs: &[Input]) -> Result<(), String> {
     if !args.meta.is_object() {
         return Err("--meta: expected an object, because node-runtime has named parameters only".to_owned());
     }
     let mut names = HashSet::new();
-    match args.inputs.iter().find(|file| !names.insert(name(file))) {
-        Some(file) => Err(format!("--input {}: another input has this file name; rename one of them", file.display())),
+    match args.inputs.iter().zip(inputs).find(|(_, input)| !names.insert(input.name())) {
+        Some((argument, Input::File(_))) => {
+            Err(format!("--input {}: another input has this file name; rename one of them", argument.display()))
+        }
+        Some((argument, Input::Stored(_))) => {
+            Err(format!("--input {}: it is given twice, but inputs have different names here", argument.display()))
+        }
         None => Ok(()),
     }
 }
 
-/// Whether these inputs can be sent inline.
-pub(super) fn fit_inline(files: &[PathBuf]) -> bool {
-    let size = |file: &PathBuf| std::fs::metadata(file).map_or(0, |data| data.len());
-    files.iter().map(size).sum::<u64>() <= INLINE_BYTES_MAX
-}
-
-/// The body that creates a run of this capability, with the inputs inline or as these ids in `store`.
-///
-/// # Errors
-/// One line about an input that cannot be read.
+/// The body that creates a run of this capability, with these inputs by their names. If there is a `store`, they are
+/// data of it.
 pub(super) fn describe(
     args: &Args,
     capability: &Capability,
-    uploaded: Option<(&Plane, &[String])>,
-) -> Result<Value, String> {
+    store: Option<&Plane>,
+    inputs: HashMap<String, String>,
+) -> Value {
     let meta = args.meta.as_object().into_iter().flatten();
     let mut metadata: Map<String, Value> = meta.map(|(name, value)| as_text(name, value)).collect();
     metadata.insert("capability".to_owned(), capability.as_str().into());
-    let inputs = match uploaded {
-        None => inline(&args.inputs)?,
-        Some((store, ids)) => {
-            metadata.insert("domain_id".to_owned(), store.domain().to_string().into());
-            metadata.insert(DOMAIN_SERVER.to_owned(), store.server().into());
-            args.inputs.iter().map(|file| name(file)).zip(ids.iter().cloned()).collect()
-        }
-    };
-    Ok(json!({
+    if let Some(store) = store {
+        metadata.insert("domain_id".to_owned(), store.domain().to_string().into());
+        metadata.insert(DOMAIN_SERVER.to_owned(), store.server().into());
+    }
+    json!({
         "agentId": capability.as_str(), "inputRef": inputs, "metadata": metadata, "maxAttempts": args.attempts,
         // The time of a run is not limited, as on other control planes.
         "budgets": { "maxTokens": 0, "maxDurationSeconds": 0 },
-    }))
-}
-
-/// The name of an input.
-fn name(file: &Path) -> String {
-    file.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    })
 }
 
 /// The metadata of this wire are texts. The name says which of them are JSON.
@@ -177,20 +167,32 @@ fn as_text(name: &str, value: &Value) -> (String, Value) {
     }
 }
 
-/// The inputs by their file names: text as it is, other bytes as base64.
-fn inline(files: &[PathBuf]) -> Result<HashMap<String, String>, String> {
-    let mut inputs = HashMap::new();
-    for file in files {
+/// The inputs by their names, if they can be sent inline: text as it is, other bytes as base64.
+///
+/// # Errors
+/// One line about an input that cannot be read.
+pub(super) fn inline<'a>(inputs: &'a [Input]) -> Result<Option<HashMap<String, String>>, String> {
+    let file = |input: &'a Input| match input {
+        Input::File(file) => Some(file),
+        Input::Stored(_) => None,
+    };
+    let Some(files) = inputs.iter().map(file).collect::<Option<Vec<_>>>() else { return Ok(None) };
+    let size = |file: &&PathBuf| std::fs::metadata(file).map_or(0, |data| data.len());
+    if files.iter().map(size).sum::<u64>() > INLINE_BYTES_MAX {
+        return Ok(None);
+    }
+    let mut values = HashMap::new();
+    for (input, file) in inputs.iter().zip(files) {
         let bytes = std::fs::read(file).map_err(|err| format!("--input {}: {err}", file.display()))?;
-        let (name, suffix) = (name(file), InlineInputs::BASE64_SUFFIX);
+        let (name, suffix) = (input.name(), InlineInputs::BASE64_SUFFIX);
         let (key, value) = match String::from_utf8(bytes) {
             Ok(text) if !name.ends_with(suffix) => (name, text),
             Ok(text) => (format!("{name}{suffix}"), BASE64.encode(text)),
             Err(err) => (format!("{name}{suffix}"), BASE64.encode(err.as_bytes())),
         };
-        inputs.insert(key, value);
+        values.insert(key, value);
     }
-    Ok(inputs)
+    Ok(Some(values))
 }
 
 fn as_job(run: Run) -> Value {

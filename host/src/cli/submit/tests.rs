@@ -119,6 +119,31 @@ async fn submit_uploads_input_and_downloads_artifact_to_folder() {
 }
 
 #[tokio::test]
+async fn documented_job_is_what_submit_sends() {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/jobs.md");
+    let page = std::fs::read_to_string(page).expect("the page of job authors");
+    let command = page.lines().find(|line| line.starts_with("runner-host submit ")).expect("a command");
+    let words: Vec<&str> = command.split(' ').skip(2).map(|word| word.trim_matches('\'')).collect();
+    let (_, documented) = page.split_once("```json\n").expect("an example");
+    let (documented, _) = documented.split_once("```").expect("its end");
+    let mut documented: Value = serde_json::from_str(documented).expect("JSON");
+
+    let args = args(&words);
+    let domain = documented["domain_id"].as_str().and_then(|id| id.parse().ok()).expect("a UUID");
+    let url = Url::parse("https://plane.example").expect("a URL");
+    let plane = Plane::new(Client::new(Default::default()), &url, &url, domain, "grant".to_owned()).expect("a plane");
+    let cids: Vec<String> = look(&args).expect("stored inputs").iter().map(Input::name).collect();
+    assert_eq!(job(&args, args.capability.as_ref().expect("one"), &plane, &cids, 1), documented);
+
+    let test_server = TestServer::start().await;
+    documented["domain_id"] = json!(test_server.server.domain_id());
+    let answer = test_server.post("/v1/jobs", Some(&test_server.server.grant()), &documented).await;
+    assert_eq!(answer.status, 200, "{}", answer.excerpt());
+    let answer: Value = answer.json().expect("JSON");
+    assert!(answer["job_id"].as_str().is_some_and(|id| id.parse::<Uuid>().is_ok()), "{answer}");
+}
+
+#[tokio::test]
 async fn large_and_empty_inputs_are_uploaded_completely() {
     let test_server = TestServer::with(Config { part_size: 1000, request_max_bytes: 5000, ..Config::default() }).await;
     let node = test_server.node(1, &[ECHO]).await;
