@@ -1,5 +1,12 @@
 //! Inputs through the binary: every form of id, broken downloads, and memory.
 
+use std::sync::Arc;
+
+use runner_host::{
+    model::{AnnouncedData, Coordinates, DataLocation, DataQuery, HeldLease, Lease, Ports as _, Setup, TaskId, Token},
+    storage::{DomainConfig, DomainPorts},
+    transport::{self, Client},
+};
 use serde_json::{Value, json};
 
 use crate::harness::{
@@ -67,6 +74,49 @@ async fn every_input_form_resolves_to_same_file() {
         assert!(if form.contains(&two.to_string()) { related == [expected] } else { related.is_empty() }, "{form}");
     }
     nothing_in_flight(&node).await;
+}
+
+/// The ports of a node with the list of the dev server.
+#[tokio::test]
+async fn found_data_can_be_read_as_input() {
+    let test_server = TestServer::start().await;
+    let dev_server = &test_server.dev_server;
+    for n in 0..400 {
+        let bytes = format!("content {n}");
+        dev_server.put_data(&format!("scan {n}"), "ply", bytes.as_bytes()).await.expect("stored");
+    }
+    let wanted = dev_server.put_data("scan 7", "obj", b"the one").await.expect("stored");
+    let at = Coordinates { server: dev_server.dds_url(), domain: dev_server.domain_id() };
+    let lease = Lease {
+        token: Some(Token::new(dev_server.grant())),
+        data: AnnouncedData::Known(DataLocation::DomainServer(at.clone())),
+        ..Lease::bare(TaskId::from(uuid::Uuid::nil()), "/lab/find/v1".parse().expect("a capability"))
+    };
+    let (held_lease, _writer) = HeldLease::new(lease, Setup::Ready(Ok(DataLocation::DomainServer(at))));
+    let (dir, config) = (tempfile::tempdir().expect("a folder"), Arc::new(DomainConfig::new("it")));
+    let ports = DomainPorts::new(Client::new(transport::Config::default()), held_lease, dir.path().to_owned(), config);
+    let find = async |query: Value| {
+        let query = DataQuery::parse(query.to_string().as_bytes()).expect("a query");
+        let mut stream = ports.find(query).await.expect("found");
+        let mut text = Vec::new();
+        while let Some(piece) = stream.next().await.expect("read") {
+            text.extend_from_slice(&piece);
+        }
+        let text = String::from_utf8(text).expect("text");
+        text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect::<Vec<Value>>()
+    };
+    let all = find(json!({})).await;
+    let names: Vec<&str> = all.iter().map(|found| found["name"].as_str().expect("a name")).collect();
+    let stored: Vec<String> = (0..400).map(|n| format!("scan {n}")).chain(["scan 7".to_owned()]).collect();
+    assert_eq!(names, stored, "in the order of the store");
+    let ids: Vec<&Value> = all.iter().map(|found| &found["id"]).collect();
+    assert_eq!(find(json!({ "ids": ids })).await.len(), 401, "more than one request may name");
+    assert_eq!(find(json!({ "name": "scan 7" })).await.len(), 2);
+    let found = find(json!({ "name": "scan 7", "data_type": "obj" })).await;
+    assert_eq!(found.iter().map(|found| &found["id"]).collect::<Vec<_>>(), [&json!(wanted)]);
+    let mut input = ports.open(&wanted.to_string()).await.expect("opens");
+    assert_eq!(input.next().await.expect("read").as_deref(), Some(&b"the one"[..]));
+    ports.close().await;
 }
 
 /// The pause is limited to the rest of `TRANSFER_PATIENCE`.
