@@ -94,8 +94,8 @@ impl ProgressQueue {
         }
     }
 
-    /// Appends an event. Waits while there is no space. Callers that wait get space in order of arrival. Whoever
-    /// calls this ends the wait when no heartbeat can free space: see [`super::HeldLease::event`].
+    /// Appends an event. Waits while there is no space. Callers that wait get space in order of arrival.
+    /// [`super::HeldLease::event`] ends the wait when no heartbeat can free space.
     pub async fn event_when_free(&self, value: Value) -> Result<(), ProgressError> {
         let bytes = event_bytes(&value)?;
         let mut event = (value, bytes);

@@ -1,6 +1,7 @@
 //! The Node Runtime control plane of a dev server as an author's client sees it (docs/protocols/node-runtime.md).
 //! Inputs and results are inline. If an input is stored already, or the inputs are too large, both pass through the
-//! domain server of the dev server, which gives the node a token. A run is shown to the rest of the command in the form of a job with one task.
+//! domain server of the dev server, which gives the node a token. A run is shown to the rest of the command in the form
+//! of a job with one task.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},

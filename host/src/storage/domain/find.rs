@@ -220,10 +220,8 @@ fn lines(answer: &mut Answer, query: &DataQuery, taken: &mut Taken, retries: &mu
             Err(err @ ListError::Truncated) => return Err(broken(err.to_string())),
             // Something between the node and the server may have answered.
             Err(err) => {
-                return Err(Failed::unknown_result(PortError::new(
-                    PortErrorKind::Malformed,
-                    format!("{WHAT} failed: {err}"),
-                )));
+                let err = PortError::new(PortErrorKind::Malformed, format!("{WHAT} failed: {err}"));
+                return Err(Failed::unknown_result(err));
             }
         };
         if answer.skipped.count < taken.count {
