@@ -1,6 +1,10 @@
 //! Calls that plugins may make for their tasks, and calls that they may not make, over the real boundary.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    time::Duration,
+};
 
 use serde_json::{Value, json};
 
@@ -234,6 +238,32 @@ async fn runner_uses_tokio_and_blocking_threads() {
     folder.invoke("/fixtures/block-on/v1", &[]).await.expect(0);
     assert_eq!(folder.output("blocking.txt"), b"blocking");
     assert_eq!(folder.output("thread.txt"), b"thread");
+}
+
+#[tokio::test]
+async fn runs_that_block_all_workers_are_named() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::zoo()]).set("RUST_LOG", "").set("MAX_CONCURRENCY", "3").leasing().await;
+    let file = node.scratch_dir().join("release");
+    let block = || test_server.task("/fixtures/block-worker/v1").meta(json!({ "file": file })).submit();
+    let jobs = [block(), block()];
+    let mut blocking = BTreeSet::new();
+    for job in jobs {
+        blocking.insert(test_server.started(&node, job).await["id"].to_string());
+    }
+    let other = test_server.task("/fixtures/ok/v1").submit();
+    let is_warning = |line: &Value| line["event"] == "runner.blocks_worker";
+    for task in &blocking {
+        let line = node.line(|line| is_warning(line) && line["task_id"].to_string() == *task).await;
+        assert_eq!(line["level"], "WARN", "{line}");
+        assert_eq!(line["capability"], "/fixtures/block-worker/v1", "{line}");
+    }
+    std::fs::write(&file, "").expect("the folder is writable");
+    for job in [jobs[0], jobs[1], other] {
+        test_server.ended(&node, job).await.completed();
+    }
+    node.stop().await;
+    assert_eq!(node.lines().iter().filter(|line| is_warning(line)).count(), 2, "{}", node.log());
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@
 //! catches panics. The author's futures run on a small tokio runtime that belongs to the plugin. The host never
 //! polls them.
 
+mod blocked;
 mod export;
 mod logging;
 mod manifest;
@@ -38,6 +39,7 @@ use crate::{
     host_calls::{Answer, Answered, Call, kind_of},
 };
 
+use blocked::Workers;
 pub use export::{Registration, from_config, from_default};
 pub use manifest::{ManifestKeys, checked, manifest, manifest_len};
 pub use panics::spawn_blocking;
@@ -60,6 +62,7 @@ pub(crate) struct Plugin {
     log_level: AtomicU32,
     runners: HashMap<&'static str, Arc<dyn DynRunner>>,
     handle: Handle,
+    workers: Arc<Workers>,
     /// `None` after the shutdown.
     runtime: Mutex<Option<Runtime>>,
     tasks: Mutex<HashMap<u64, Arc<StopSignal>>>,
@@ -182,12 +185,15 @@ fn prepare(host: Host, request: CreateArguments<'_>) -> Result<u64, String> {
     }
     drop(entered);
     let number = LAST.fetch_add(1, Ordering::Relaxed) + 1;
+    let handle = runtime.handle().clone();
+    let workers = Workers::new(&handle, blocked::INTERVAL, blocked::report);
     let plugin = Arc::new(Plugin {
         number,
         host,
         log_level: AtomicU32::new(request.log_level),
         runners,
-        handle: runtime.handle().clone(),
+        handle,
+        workers,
         runtime: Mutex::new(Some(runtime)),
         tasks: Mutex::default(),
     });
@@ -289,7 +295,8 @@ fn begin(plugin: &Arc<Plugin>, task: Task, capability: &str, dir: &str, lease: &
             Err(note) => host.complete(task, End::PANICKED, &note.message, &place_json(&note.place)),
         }
     };
-    plugin.handle.spawn(tracing::Instrument::instrument(attempt, logging::task_span(run)));
+    let attempt = tracing::Instrument::instrument(attempt, logging::task_span(run));
+    plugin.handle.spawn(Arc::clone(&plugin.workers).drive(run, attempt));
     Ok(())
 }
 
