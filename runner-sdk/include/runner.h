@@ -40,7 +40,7 @@
  *
  * Growth
  * - Later versions append entries and fields, and change none. An entry may be used if its bit is set:
- *   RUNNER_HAS(api, RUNNER_HOST_INPUT_FIND). All entries without "since" are in every host of this major version.
+ *   RUNNER_HAS(api, RUNNER_HOST_…). All entries without "since" are in every host of this major version.
  * - Of runner_module, the entries create, start, cancel and shutdown are mandatory. The others may be NULL.
  *   Initialise the table with names ({.create = create}) or leave later entries out: they are then NULL.
  * - A request is as long as its `size` says. A field with "since" may be read if RUNNER_REACHES(request, field).
@@ -162,6 +162,9 @@ typedef struct {
   /* Answers the bearer; the number is when it expires, in seconds since 1970, or 0. RUNNER_UNSUPPORTED unless it was
    * granted. */
   void (*token)(runner_host_word host, runner_task task, runner_callback reply, void *user);
+  /* How long the task may still run. The number is the milliseconds until its lease or its time limit ends, or
+   * UINT64_MAX; the data is {"lease_ms", "limit_ms"}. Heartbeats extend the lease. */
+  void (*time_left)(runner_host_word host, runner_task task, runner_callback reply, void *user);
   /* Creates the task's directory again if it was removed. It exists when start is called. Answers on the calling
    * thread, before it returns. */
   void (*task_dir)(runner_host_word host, runner_task task, runner_callback reply, void *user);
@@ -176,6 +179,10 @@ typedef struct {
   /* Brings an input to a file. Answers {"path", "root_dir", "related_files": [], "extracted_paths": []} and the
    * fields of input_open. */
   void (*input_file)(runner_host_word host, runner_task task, runner_str cid, runner_callback reply, void *user);
+  /* Looks for data in the task's domain: {"name", "data_type", "ids": []}, each optional. The number is a stream for
+   * input_read and input_close, with a line of JSON for each found data: {"id", "name", "data_type", "size",
+   * "domain_id"}. The id is a cid for input_open. */
+  void (*input_find)(runner_host_word host, runner_task task, runner_str query_json, runner_callback reply, void *user);
   /* Opens an artifact. options_json is empty or {"name", "data_type", "existing_id", "size"}, each optional. The
    * number is the stream. */
   void (*output_open)(runner_host_word host, runner_task task, runner_str path, runner_str options_json,
@@ -195,8 +202,9 @@ typedef struct {
 /* Entries of runner_host, for RUNNER_HAS. */
 enum {
   RUNNER_HOST_LOG, RUNNER_HOST_CANCELLED, RUNNER_HOST_COMPLETE, RUNNER_HOST_PROGRESS, RUNNER_HOST_EVENT,
-  RUNNER_HOST_USAGE, RUNNER_HOST_CANCEL_REASON, RUNNER_HOST_TOKEN, RUNNER_HOST_TASK_DIR, RUNNER_HOST_INPUT_OPEN,
-  RUNNER_HOST_INPUT_READ, RUNNER_HOST_INPUT_CLOSE, RUNNER_HOST_INPUT_FILE, RUNNER_HOST_OUTPUT_OPEN,
+  RUNNER_HOST_USAGE, RUNNER_HOST_CANCEL_REASON, RUNNER_HOST_TOKEN, RUNNER_HOST_TIME_LEFT, RUNNER_HOST_TASK_DIR,
+  RUNNER_HOST_INPUT_OPEN, RUNNER_HOST_INPUT_READ, RUNNER_HOST_INPUT_CLOSE, RUNNER_HOST_INPUT_FILE,
+  RUNNER_HOST_INPUT_FIND, RUNNER_HOST_OUTPUT_OPEN,
   RUNNER_HOST_OUTPUT_WRITE, RUNNER_HOST_OUTPUT_FINISH, RUNNER_HOST_OUTPUT_ABORT, RUNNER_HOST_OUTPUT_FILE,
   RUNNER_HOST_ENTRIES
 };

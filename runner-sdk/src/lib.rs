@@ -8,9 +8,9 @@ mod shim;
 pub mod testing;
 
 pub use author::{
-    Artifact, ArtifactSink, ArtifactWriter, BoxFuture, CancelReason, ControlPlane, DynRunner, Error, Failure,
-    InputReader, InputSource, LeaseEnvelope, MaterializedInput, PortError, PortErrorKind, Runner, TaskCtx, TaskSpec,
-    Usage,
+    Artifact, ArtifactSink, ArtifactWriter, BoxFuture, CancelReason, ControlPlane, DataQuery, DynRunner, Error,
+    Failure, FoundData, FoundStream, InputReader, InputSource, LeaseEnvelope, MaterializedInput, PortError,
+    PortErrorKind, Runner, TaskCtx, TaskSpec, TimeLeft, Usage,
 };
 pub use shim::{Spawned, spawn, spawn_blocking};
 

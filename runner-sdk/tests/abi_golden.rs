@@ -114,8 +114,8 @@ fn facts() -> Facts {
     facts.add("RUNNER_INPUT_KEEP", abi::INPUT_KEEP, "RUNNER_INPUT_KEEP");
     values!(facts, Table<Host> as "runner_host" { present, reserved });
     table!(facts, Host at 0, "runner_host", abi::HOST_MASK, "RUNNER_HOST_MASK" {
-        log, cancelled, complete, progress, event, usage, cancel_reason, token, task_dir, input_open, input_read,
-        input_close, input_file, output_open, output_write, output_finish, output_abort, output_file
+        log, cancelled, complete, progress, event, usage, cancel_reason, token, time_left, task_dir, input_open, input_read,
+        input_close, input_file, input_find, output_open, output_write, output_finish, output_abort, output_file
     });
     values!(facts, ModuleTable as "runner_module" { magic, abi });
     table!(facts, Module at offset_of!(ModuleTable, table), "runner_module", abi::MODULE_MASK, "RUNNER_MODULE_MASK" {

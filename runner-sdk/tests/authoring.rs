@@ -11,7 +11,8 @@ use std::{
 };
 
 use runner_sdk::{
-    Artifact, CancelReason, DynRunner, Error, Failure, PortErrorKind, Runner, TaskCtx, Usage, spawn_blocking,
+    Artifact, CancelReason, DataQuery, DynRunner, Error, Failure, PortErrorKind, Runner, TaskCtx, TimeLeft, Usage,
+    spawn_blocking,
     testing::{Ended, TestHost},
 };
 use serde_json::json;
@@ -454,6 +455,35 @@ fn exported_table_has_this_version() {
     assert_eq!((table.magic, table.abi), (runner_sdk::abi::MAGIC, runner_sdk::abi::ABI_VERSION));
     assert_eq!(exported::Plain::CAPABILITY, "/tests/plain/v1");
     assert_eq!(exported::Fallible::CAPABILITY, "/tests/fallible/v1");
+}
+
+#[tokio::test]
+async fn stored_data_is_found_by_each_part() {
+    let runner = Act(|ctx: TaskCtx| async move {
+        let mut seen = Vec::new();
+        for query in [
+            DataQuery::new(),
+            DataQuery::new().name("floor"),
+            DataQuery::new().data_type("ply"),
+            DataQuery::new().name("floor").ids(["2", "9"]),
+        ] {
+            let mut found = ctx.input.find(query).await?;
+            let mut ids = String::new();
+            while let Some(data) = found.next().await? {
+                ids.push_str(&data.id);
+            }
+            seen.push(ids);
+        }
+        let bytes = ctx.input.get_bytes_by_cid("2").await?;
+        let left = ctx.ctrl.time_left().await?;
+        ctx.output.put_bytes("seen.txt", format!("{seen:?} {} {:?}", bytes.len(), left.limit)).await?;
+        Ok(())
+    });
+    let host = TestHost::new().stored("1", "floor", "ply", "x").stored("2", "floor", "obj", "yy");
+    let host = host.stored("3", "wall", "ply", "zzz").time_left(TimeLeft::new(None, Some(Duration::from_secs(9))));
+    let ended = host.run(&runner).await;
+    let seen = ended.output("seen.txt").map(String::from_utf8_lossy);
+    assert_eq!(seen.as_deref(), Some(r#"["123", "12", "13", "2"] 2 Some(9s)"#), "{:?}", ended.failure());
 }
 
 #[tokio::test]

@@ -4,13 +4,13 @@ use std::path::Path;
 
 use bytes::Bytes;
 use runner_sdk::{
-    BoxFuture, PortError, PortErrorKind, Usage,
+    BoxFuture, PortError, PortErrorKind, TimeLeft, Usage,
     host_calls::{ArtifactSpec, Backend, Budget, Sink, Source},
 };
 use serde_json::Value;
 
 use super::run::TaskData;
-use crate::model::{self, HeldLease, InputStream, OutputStream, ProgressError, Setup, Token};
+use crate::model::{self, DataQuery, HeldLease, InputStream, OutputStream, ProgressError, Setup, Token};
 
 /// The lease and the data of one task.
 pub(super) struct TaskBackend {
@@ -39,7 +39,7 @@ impl Backend for TaskBackend {
     }
 
     fn event(&self, value: Value) -> BoxFuture<'_, Result<(), PortError>> {
-        Box::pin(async move { self.held_lease.progress.event(value).map_err(limit) })
+        Box::pin(async move { self.held_lease.event(value).await.map_err(port_error) })
     }
 
     fn usage(&self, used: Usage) {
@@ -60,11 +60,19 @@ impl Backend for TaskBackend {
             if let Setup::Refused(text) = self.held_lease.setup().await {
                 return Err(PortError::new(PortErrorKind::Setup, text));
             }
-            match self.held_lease.token() {
-                Some(token) => Ok((token.expose().to_owned(), 0)),
+            match self.held_lease.token_with_expiry() {
+                Some((token, expires)) => {
+                    let expires = expires.and_then(|seconds| u64::try_from(seconds).ok()).unwrap_or(0);
+                    Ok((token.expose().to_owned(), expires))
+                }
                 None => Err(PortError::new(PortErrorKind::Unsupported, "this lease carries no token")),
             }
         })
+    }
+
+    fn time_left(&self) -> TimeLeft {
+        let model::TimeLeft { lease, run } = self.held_lease.time_left();
+        TimeLeft::new(lease, run)
     }
 
     fn make_folder(&self) -> Result<(), PortError> {
@@ -82,6 +90,14 @@ impl Backend for TaskBackend {
         Box::pin(async move {
             let input = self.data.ports.materialize(cid).await.map_err(port_error)?;
             serde_json::to_value(&input).map_err(|err| PortError::new(PortErrorKind::Local, err.to_string()))
+        })
+    }
+
+    fn find<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<Box<dyn Source>, PortError>> {
+        Box::pin(async move {
+            let query = DataQuery::parse(query.as_bytes()).map_err(port_error)?;
+            let source: Box<dyn Source> = Box::new(Reading(self.data.ports.find(query).await.map_err(port_error)?));
+            Ok(source)
         })
     }
 

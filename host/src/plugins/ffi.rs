@@ -444,11 +444,13 @@ const TABLE: abi::Host = abi::Host {
     usage,
     cancel_reason,
     token,
+    time_left,
     task_dir,
     input_open,
     input_read,
     input_close,
     input_file,
+    input_find,
     output_open,
     output_write,
     output_finish,
@@ -515,6 +517,10 @@ unsafe extern "C" fn token(host: HostWord, task: Task, reply: Callback, user: *m
     call(host, task, reply, user, |_| Ok(Call::Token));
 }
 
+unsafe extern "C" fn time_left(host: HostWord, task: Task, reply: Callback, user: *mut c_void) {
+    call(host, task, reply, user, |_| Ok(Call::TimeLeft));
+}
+
 unsafe extern "C" fn task_dir(host: HostWord, task: Task, reply: Callback, user: *mut c_void) {
     // Always answered before it returns: the caller is a thread of the plugin. It would create the directory itself
     // and wait as long.
@@ -539,6 +545,11 @@ unsafe extern "C" fn input_close(host: HostWord, task: Task, stream: u64, reply:
 unsafe extern "C" fn input_file(host: HostWord, task: Task, cid: Str, reply: Callback, user: *mut c_void) {
     // SAFETY: lent for this call.
     call(host, task, reply, user, |_| Ok(Call::InputFile { cid: unsafe { copy(cid) }? }));
+}
+
+unsafe extern "C" fn input_find(host: HostWord, task: Task, query: Str, reply: Callback, user: *mut c_void) {
+    // SAFETY: lent for this call.
+    call(host, task, reply, user, |_| Ok(Call::InputFind { query: unsafe { copy(query) }? }));
 }
 
 unsafe extern "C" fn output_open(

@@ -46,10 +46,10 @@ async fn late_and_forged_calls_are_answered_stale() {
     let stale = runner_sdk::abi::Status::STALE.0;
     for message in ["late calls", "forged calls"] {
         let line = node.says_text(message).await;
-        assert_eq!(fields(&line), json!({ "calls": 15, "stale": 15, "cancelled": stale, "complete": stale }));
+        assert_eq!(fields(&line), json!({ "calls": 17, "stale": 17, "cancelled": stale, "complete": stale }));
     }
-    // Two rounds of 15 calls with an answer, plus log, cancelled and complete.
-    assert_eq!(node.status().await["stale_calls"], 36);
+    // Two rounds of 17 calls with an answer, plus log, cancelled and complete.
+    assert_eq!(node.status().await["stale_calls"], 40);
     // These calls have no effect, and the next task is not disturbed.
     let ended = test_server.run(&node, "/fixtures/c-thread/v1", json!({})).await;
     assert!(ended.completed().artifacts().is_empty());
@@ -81,6 +81,39 @@ async fn context_gets_task_over_after_the_end() {
     assert!(ended.completed().artifacts().is_empty());
     assert!(node.status().await["stale_calls"].as_u64() >= Some(4));
     test_server.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn runner_finds_data_by_name() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
+    let wanted = test_server.put("wanted", b"one").await;
+    test_server.put("other", b"three").await;
+    let one = json!([{ "id": wanted, "name": "wanted", "data_type": "binary", "size": 3, "text": "one" }]);
+    for (name, expected) in [("wanted", one), ("absent", json!([]))] {
+        let ended = test_server.run(&node, "/fixtures/finds/v1", json!({ "name": name })).await;
+        let found = test_server.artifact(ended.completed(), "found.json").await;
+        assert_eq!(serde_json::from_slice::<Value>(&found).expect("JSON"), expected, "{name}");
+    }
+    let ended = test_server.run(&node, "/fixtures/finds/v1", json!({ "name": "" })).await;
+    let (reason, _, _) = failure(&ended);
+    assert!(reason.contains("empty name or data_type"), "{reason}");
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn runner_sees_its_time_left_and_token_expiry() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::zoo()]);
+    let node = node.plugins_file("[defaults]\ngrant = [\"token\"]\nlimits = { wall_time = \"90s\" }\n").leasing().await;
+    let ended = test_server.run(&node, "/fixtures/time-left/v1", json!({})).await;
+    let left = test_server.artifact(ended.completed(), "left.json").await;
+    let left: Value = serde_json::from_slice(&left).expect("JSON");
+    let seconds = |key: &str| left[key].as_f64().unwrap_or_else(|| panic!("{key}: {left}"));
+    assert!(seconds("limit") > 30.0 && seconds("limit") <= 90.0, "{left}");
+    assert!(seconds("lease") > 0.0 && seconds("lease") <= 3600.0, "{left}");
+    assert!(seconds("token") > 0.0, "{left}");
     node.stop().await;
 }
 

@@ -274,7 +274,7 @@ async fn cancel_names_why_the_node_is_not_reached() {
     drop(lock);
     let hidden = folder.path().join("hidden");
     std::fs::create_dir(&hidden).expect("the folder is writable");
-    std::fs::set_permissions(&hidden, std::fs::Permissions::from_mode(0)).expect("it is ours");
+    std::fs::set_permissions(&hidden, std::fs::Permissions::from_mode(0o0)).expect("it is ours");
     let cli = Cli::new(&["cancel", "a"]).set("RUST_LOG", "").arg("--state-dir").arg(&hidden).obeys_permissions();
     let said = cli.run().await.expect(78).stderr;
     assert_eq!(said, format!("error: cannot open {}/lock: Permission denied (os error 13)", hidden.display()));

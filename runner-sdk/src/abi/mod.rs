@@ -237,6 +237,10 @@ pub struct Host {
     /// The storage bearer token, if the operator granted it. Answer: the token; the number is the time when it
     /// expires, in seconds since 1970, or 0 if that is unknown.
     pub token: unsafe extern "C" fn(host: HostWord, task: Task, reply: Callback, user: *mut c_void),
+    /// How long the task may still run. Answer: the number is the milliseconds until its lease or its time limit ends,
+    /// whichever comes first, or [`u64::MAX`] if neither is known. The data is JSON `{"lease_ms":N,"limit_ms":N}`,
+    /// null for unknown. Heartbeats extend the lease.
+    pub time_left: unsafe extern "C" fn(host: HostWord, task: Task, reply: Callback, user: *mut c_void),
     /// Creates the task's directory if it does not exist, with its parent folders. Answers before it returns, on the
     /// calling thread: nothing, or why it cannot be created.
     pub task_dir: unsafe extern "C" fn(host: HostWord, task: Task, reply: Callback, user: *mut c_void),
@@ -252,6 +256,10 @@ pub struct Host {
     /// Brings an input to a file in the task's directory. Answer: the JSON of `input_open`, with `path`, `root_dir`,
     /// `related_files`, `extracted_paths`.
     pub input_file: unsafe extern "C" fn(host: HostWord, task: Task, cid: Str, reply: Callback, user: *mut c_void),
+    /// Looks for data in the task's domain. `query` is JSON `{"name"?,"data_type"?,"ids"?}`; `{}` means all data. Answer:
+    /// the number is a stream for `input_read` and `input_close`. It has a line of JSON for each found data:
+    /// `{"id":…,"name":…,"data_type":…,"size":…,"domain_id":…}`. The id is a `cid` for `input_open`.
+    pub input_find: unsafe extern "C" fn(host: HostWord, task: Task, query: Str, reply: Callback, user: *mut c_void),
     /// Opens an artifact for writing at `path`. `options` is empty or JSON
     /// `{"name"?,"data_type"?,"existing_id"?,"size"?}`. Answer: the number is the stream.
     pub output_open:
@@ -311,8 +319,8 @@ pub struct Module {
 pub const MODULE_NEEDED: u64 = 0b1111;
 /// Bits of [`Module`]'s mask in this version: all five.
 pub const MODULE_MASK: u64 = 0b1_1111;
-/// Bits of [`Host`]'s mask in this version: all eighteen.
-pub const HOST_MASK: u64 = 0x3_ffff;
+/// Bits of [`Host`]'s mask in this version: all twenty.
+pub const HOST_MASK: u64 = 0xf_ffff;
 
 /// A table in memory: the two leading words, then the entries. Read an entry only through a raw pointer, and only if
 /// its bit is set: the table may be shorter than this type.

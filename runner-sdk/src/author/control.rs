@@ -79,6 +79,24 @@ impl Usage {
     }
 }
 
+/// How long a run may still take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TimeLeft {
+    /// Until the lease ends, if no more heartbeat extends it. `None` if the control plane has not sent its end.
+    pub lease: Option<Duration>,
+    /// Until the run is cancelled because it has reached its time limit. `None` without a limit.
+    pub limit: Option<Duration>,
+}
+
+impl TimeLeft {
+    /// What is left of the lease and of the time limit.
+    #[must_use]
+    pub fn new(lease: Option<Duration>, limit: Option<Duration>) -> Self {
+        Self { lease, limit }
+    }
+}
+
 /// A task's connection to the control plane. Cheap to clone.
 #[derive(Clone)]
 pub struct ControlPlane {
@@ -118,6 +136,21 @@ impl ControlPlane {
     pub async fn usage(&self, usage: Usage) -> Result<(), PortError> {
         let call = Call::Usage(json(&usage)?);
         self.port.call(call).await.map(drop)
+    }
+
+    /// How long the run may still take, as known now. Heartbeats extend the lease, so ask again later.
+    ///
+    /// # Errors
+    /// `TaskOver`.
+    pub async fn time_left(&self) -> Result<TimeLeft, PortError> {
+        #[derive(Deserialize)]
+        struct Left {
+            lease_ms: Option<u64>,
+            limit_ms: Option<u64>,
+        }
+        let Left { lease_ms, limit_ms } = decode(&self.port.call(Call::TimeLeft).await?.data)?;
+        let left = |ms: Option<u64>| ms.map(Duration::from_millis);
+        Ok(TimeLeft { lease: left(lease_ms), limit: left(limit_ms) })
     }
 
     /// Whether the task should stop. Also true after the task's end. Only reads a flag, so it is cheap enough

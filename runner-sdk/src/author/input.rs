@@ -8,11 +8,14 @@ use std::{
     task::{Context, Poll},
 };
 
-use bytes::Bytes;
-use serde::Deserialize;
+use bytes::{Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, ReadBuf};
 
-use super::{Port, PortError, PortErrorKind, Reply, control::decode};
+use super::{
+    Port, PortError, PortErrorKind, Reply,
+    control::{decode, json},
+};
 use crate::{
     abi::INPUT_KEEP,
     host_calls::{Answer, Call},
@@ -120,19 +123,129 @@ impl InputSource {
         self.open(cid, 0).await
     }
 
+    /// Looks for data of the task's domain by name, data type or id. The answer is a stream, because a domain may hold
+    /// much data. A found id can be read like an input.
+    ///
+    /// ```
+    /// # use runner_sdk::{DataQuery, Error, TaskCtx};
+    /// # async fn scans(ctx: TaskCtx) -> Result<(), Error> {
+    /// let mut found = ctx.input.find(DataQuery::new().data_type("refined_scan_zip")).await?;
+    /// while let Some(data) = found.next().await? {
+    ///     let bytes = ctx.input.get_bytes_by_cid(&data.id).await?;
+    /// #   drop(bytes);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// `BadRequest` for an empty name or type, or an id with a comma. `Unsupported` when the task's data is not on a
+    /// domain server. See [`crate::PortErrorKind`] for the rest.
+    pub async fn find(&self, query: DataQuery) -> Result<FoundStream, PortError> {
+        let stream = self.port.call(Call::InputFind { query: json(&query)? }).await?.number;
+        Ok(FoundStream { lines: self.reader(stream), buffer: BytesMut::new() })
+    }
+
+    fn reader(&self, stream: u64) -> InputReader {
+        let port = Arc::clone(&self.port);
+        InputReader { port, stream, info: InputInfo::default(), piece: None, read: None, ended: false }
+    }
+
     async fn open(&self, cid: &str, flags: u64) -> Result<InputReader, PortError> {
         let Answer { number, data } = self.port.call(Call::InputOpen { cid: cid.to_owned(), flags }).await?;
-        let mut reader = InputReader {
-            port: Arc::clone(&self.port),
-            stream: number,
-            info: InputInfo::default(),
-            piece: None,
-            read: None,
-            ended: false,
-        };
+        let mut reader = self.reader(number);
         // Dropping the reader closes the stream, also after an error.
         reader.info = decode(&data)?;
         Ok(reader)
+    }
+}
+
+/// Which data [`InputSource::find`] looks for. Each given part must match exactly. Without any part it means all data.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct DataQuery {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_type: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ids: Option<Vec<String>>,
+}
+
+impl DataQuery {
+    /// A query for all data of the domain.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Only data with this name.
+    #[must_use]
+    pub fn name(self, name: impl Into<String>) -> Self {
+        Self { name: Some(name.into()), ..self }
+    }
+
+    /// Only data of this type.
+    #[must_use]
+    pub fn data_type(self, data_type: impl Into<String>) -> Self {
+        Self { data_type: Some(data_type.into()), ..self }
+    }
+
+    /// Only data with one of these ids. An empty list finds nothing.
+    #[must_use]
+    pub fn ids(self, ids: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        Self { ids: Some(ids.into_iter().map(Into::into).collect()), ..self }
+    }
+}
+
+/// What the store knows about found data.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[non_exhaustive]
+pub struct FoundData {
+    /// The store's id. It is a `cid` for the calls that read inputs.
+    pub id: String,
+    /// Stored name.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// Stored data type.
+    #[serde(default)]
+    pub data_type: Option<String>,
+    /// Size in bytes.
+    #[serde(default)]
+    pub size: Option<u64>,
+    /// The domain of the data.
+    #[serde(default)]
+    pub domain_id: Option<String>,
+    /// When it was created, in the words of the store.
+    #[serde(default)]
+    pub created_at: Option<String>,
+    /// When it was last changed, in the words of the store.
+    #[serde(default)]
+    pub updated_at: Option<String>,
+}
+
+/// Found data, one after the other. Dropping it ends the query.
+pub struct FoundStream {
+    lines: InputReader,
+    buffer: BytesMut,
+}
+
+impl FoundStream {
+    /// The next data, in the order of the store. `None` at the end.
+    ///
+    /// # Errors
+    /// See [`crate::PortErrorKind`].
+    pub async fn next(&mut self) -> Result<Option<FoundData>, PortError> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+                let line = self.buffer.split_to(end + 1).freeze();
+                return decode(&line).map(Some);
+            }
+            match self.lines.next_piece(READ_BYTES).await? {
+                Some(piece) => self.buffer.extend_from_slice(&piece),
+                None if self.buffer.is_empty() => return Ok(None),
+                None => return Err(PortError::new(PortErrorKind::Malformed, "the list of data ends inside a line")),
+            }
+        }
     }
 }
 

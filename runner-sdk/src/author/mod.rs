@@ -14,9 +14,9 @@ mod runner;
 mod signal;
 
 pub use context::TaskCtx;
-pub use control::{CancelReason, ControlPlane, Usage};
+pub use control::{CancelReason, ControlPlane, TimeLeft, Usage};
 pub use error::{Error, Failure, PortError, PortErrorKind};
-pub use input::{InputReader, InputSource, MaterializedInput};
+pub use input::{DataQuery, FoundData, FoundStream, InputReader, InputSource, MaterializedInput};
 pub use lease::{LeaseEnvelope, TaskSpec};
 pub use output::{Artifact, ArtifactSink, ArtifactWriter};
 pub use runner::{BoxFuture, DynRunner, Runner};

@@ -14,18 +14,19 @@ use std::{
     pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::watch;
 
 pub use budget::{Budget, Charge, OverBudget};
 
 use crate::{
     abi::{INPUT_KEEP, Status},
-    author::{BoxFuture, PortError, PortErrorKind, Usage},
+    author::{BoxFuture, PortError, PortErrorKind, TimeLeft, Usage},
 };
 
 /// Largest progress value, in bytes of JSON.
@@ -50,6 +51,8 @@ pub enum Call {
     CancelReason,
     /// Asks for the storage token.
     Token,
+    /// Asks how long the task may still run.
+    TimeLeft,
     /// Creates the task's directory.
     TaskDir,
     /// Opens an input.
@@ -75,6 +78,11 @@ pub enum Call {
     InputFile {
         /// An entry of `inputs_cids`.
         cid: String,
+    },
+    /// Looks for data.
+    InputFind {
+        /// JSON with name, data type and ids.
+        query: String,
     },
     /// Opens an artifact.
     OutputOpen {
@@ -184,12 +192,16 @@ pub trait Backend: Send + Sync + 'static {
     fn cancel_reason(&self) -> String;
     /// The storage token and when it expires, in seconds since 1970, or 0.
     fn token(&self) -> BoxFuture<'_, Result<(String, u64), PortError>>;
+    /// How long the task may still run.
+    fn time_left(&self) -> TimeLeft;
     /// Creates the task's directory unless it exists. May block on the file system.
     fn make_folder(&self) -> Result<(), PortError>;
     /// Opens an input.
     fn open<'a>(&'a self, cid: &'a str) -> BoxFuture<'a, Result<Box<dyn Source>, PortError>>;
     /// Brings an input to a file and returns the JSON about it.
     fn materialize<'a>(&'a self, cid: &'a str) -> BoxFuture<'a, Result<Value, PortError>>;
+    /// Looks for data. The source has a line of JSON for each found data.
+    fn find<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<Box<dyn Source>, PortError>>;
     /// Opens an artifact.
     fn create(&self, spec: ArtifactSpec) -> BoxFuture<'_, Result<Box<dyn Sink>, PortError>>;
     /// Publishes a file and returns its id.
@@ -275,6 +287,14 @@ impl<B: Backend> HostCalls<B> {
                 let (token, expires) = calls.backend.token().await?;
                 Ok(Answer { number: expires, data: token.into() })
             }),
+            Call::TimeLeft => {
+                let TimeLeft { lease, limit } = self.backend.time_left();
+                let ms = |left: Duration| u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
+                let (lease_ms, limit_ms) = (lease.map(ms), limit.map(ms));
+                let number = lease_ms.into_iter().chain(limit_ms).min().unwrap_or(u64::MAX);
+                let data = json!({ "lease_ms": lease_ms, "limit_ms": limit_ms }).to_string().into();
+                Called::Now(Ok(Answer { number, data }))
+            }
             Call::TaskDir => {
                 self.backend.make_folder()?;
                 nothing()
@@ -298,6 +318,11 @@ impl<B: Backend> HostCalls<B> {
                 calls.backend.make_folder()?;
                 let file = calls.backend.materialize(&cid).await?;
                 Ok(Answer { number: 0, data: file.to_string().into() })
+            }),
+            Call::InputFind { query } => self.later(async move {
+                let source = calls.backend.find(&query).await?;
+                let number = calls.add_input(source, None)?;
+                Ok(Answer { number, data: Bytes::new() })
             }),
             Call::OutputOpen { path, options } => {
                 let spec = artifact_spec(path, &options)?;
@@ -356,9 +381,13 @@ impl<B: Backend> HostCalls<B> {
             false => None,
         };
         let data = source.meta().to_string().into();
-        let reading = Reading { source, rest: Bytes::new(), _kept: kept };
-        let number = self.add(Stream::Input(Arc::new(tokio::sync::Mutex::new(reading))))?;
+        let number = self.add_input(source, kept)?;
         Ok(Answer { number, data })
+    }
+
+    fn add_input(&self, source: Box<dyn Source>, kept: Option<Charge>) -> Result<u64, PortError> {
+        let reading = Reading { source, rest: Bytes::new(), _kept: kept };
+        self.add(Stream::Input(Arc::new(tokio::sync::Mutex::new(reading))))
     }
 
     async fn read(&self, reading: Shared<Reading>, max: u64) -> Answered {

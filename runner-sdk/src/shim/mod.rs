@@ -382,11 +382,13 @@ impl Host {
                 Call::Usage(json) => api.usage()(word, task, lend(&json), reply, user),
                 Call::CancelReason => api.cancel_reason()(word, task, reply, user),
                 Call::Token => api.token()(word, task, reply, user),
+                Call::TimeLeft => api.time_left()(word, task, reply, user),
                 Call::TaskDir => api.task_dir()(word, task, reply, user),
                 Call::InputOpen { cid, flags } => api.input_open()(word, task, lend(&cid), flags, reply, user),
                 Call::InputRead { stream, max } => api.input_read()(word, task, stream, max, reply, user),
                 Call::InputClose { stream } => api.input_close()(word, task, stream, reply, user),
                 Call::InputFile { cid } => api.input_file()(word, task, lend(&cid), reply, user),
+                Call::InputFind { query } => api.input_find()(word, task, lend(&query), reply, user),
                 Call::OutputOpen { path, options } => {
                     api.output_open()(word, task, lend(&path), lend(&options), reply, user);
                 }

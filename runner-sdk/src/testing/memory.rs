@@ -12,10 +12,11 @@ use std::{
 };
 
 use bytes::Bytes;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::{
-    CancelReason, Usage,
+    CancelReason, TimeLeft, Usage,
     author::{BoxFuture, Port, PortError, PortErrorKind, Reply, StopSignal},
     host_calls::{
         ArtifactSpec, Backend, Budget, Call, Called, EVENT_BYTES_MAX, HostCalls, PROGRESS_BYTES_MAX, Sink, Source,
@@ -52,6 +53,9 @@ pub(super) struct Memory {
 #[derive(Default)]
 struct State {
     inputs: HashMap<String, Vec<u8>>,
+    /// What a query finds, in order.
+    stored: Vec<Value>,
+    time_left: TimeLeft,
     token: Option<String>,
     cancel_after: Option<usize>,
     tokens_max: Option<u64>,
@@ -69,6 +73,17 @@ impl Memory {
 
     pub(super) fn add_input(&self, cid: &str, bytes: Vec<u8>) {
         self.lock().inputs.insert(cid.to_owned(), bytes);
+    }
+
+    pub(super) fn add_stored(&self, id: &str, name: &str, data_type: &str, bytes: Vec<u8>) {
+        let found = json!({ "id": id, "name": name, "data_type": data_type, "size": bytes.len() });
+        let mut state = self.lock();
+        state.stored.push(found);
+        state.inputs.insert(id.to_owned(), bytes);
+    }
+
+    pub(super) fn set_time_left(&self, left: TimeLeft) {
+        self.lock().time_left = left;
     }
 
     pub(super) fn set_token(&self, token: &str) {
@@ -234,6 +249,10 @@ impl Backend for InMemory {
         Box::pin(ready(token))
     }
 
+    fn time_left(&self) -> TimeLeft {
+        self.memory.lock().time_left
+    }
+
     fn make_folder(&self) -> Result<(), PortError> {
         std::fs::create_dir_all(&self.memory.lock().dir).map_err(local)
     }
@@ -259,6 +278,19 @@ impl Backend for InMemory {
         Box::pin(ready(file))
     }
 
+    fn find<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<Box<dyn Source>, PortError>> {
+        let found = self.memory.lock_for_data().and_then(|state| {
+            let query: Query = serde_json::from_str(query).map_err(|err| bad_request(err.to_string()))?;
+            let matching = state.stored.iter().filter(|data| query.matches(data));
+            let lines: String = matching.map(|data| format!("{data}\n")).collect();
+            let size = lines.len() as u64;
+            let rest = Some(Bytes::from(lines)).filter(|lines| !lines.is_empty());
+            let source: Box<dyn Source> = Box::new(Reading { cid: String::new(), size, rest });
+            Ok(source)
+        });
+        Box::pin(ready(found))
+    }
+
     fn create(&self, spec: ArtifactSpec) -> BoxFuture<'_, Result<Box<dyn Sink>, PortError>> {
         let created = self.memory.lock_for_data().and_then(|_state| {
             let memory = Arc::clone(&self.memory);
@@ -278,6 +310,23 @@ impl Backend for InMemory {
             self.memory.store(spec, bytes)
         };
         Box::pin(ready(put()))
+    }
+}
+
+/// A query of a runner.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Query {
+    name: Option<String>,
+    data_type: Option<String>,
+    ids: Option<Vec<String>>,
+}
+
+impl Query {
+    fn matches(&self, data: &Value) -> bool {
+        let same = |wanted: &Option<String>, key: &str| wanted.as_deref().is_none_or(|wanted| data[key] == wanted);
+        let listed = |ids: &Vec<String>| ids.iter().any(|id| data["id"] == **id);
+        same(&self.name, "name") && same(&self.data_type, "data_type") && self.ids.as_ref().is_none_or(listed)
     }
 }
 

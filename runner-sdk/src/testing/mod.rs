@@ -35,7 +35,7 @@ use serde_json::Value;
 pub use memory::StoredArtifact;
 
 use crate::{
-    CancelReason, Error, Failure, LeaseEnvelope, Runner, Usage,
+    CancelReason, Error, Failure, LeaseEnvelope, Runner, TimeLeft, Usage,
     author::TaskCtx,
     shim::{Guarded, install_hook},
 };
@@ -70,6 +70,21 @@ impl TestHost {
     pub fn input(mut self, cid: &str, bytes: impl Into<Vec<u8>>) -> Self {
         self.lease.task.inputs_cids.push(cid.to_owned());
         self.memory.add_input(cid, bytes.into());
+        self
+    }
+
+    /// Stores data that is no input of the task. A runner finds it with [`crate::InputSource::find`], and reads it by
+    /// its `id`.
+    #[must_use]
+    pub fn stored(self, id: &str, name: &str, data_type: &str, bytes: impl Into<Vec<u8>>) -> Self {
+        self.memory.add_stored(id, name, data_type, bytes.into());
+        self
+    }
+
+    /// Sets what [`crate::ControlPlane::time_left`] answers. Without it nothing is known.
+    #[must_use]
+    pub fn time_left(self, left: TimeLeft) -> Self {
+        self.memory.set_time_left(left);
         self
     }
 
