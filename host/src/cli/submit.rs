@@ -1,7 +1,8 @@
 //! `runner-host submit`: create a job, wait for it, download its artifacts.
 //!
 //! [`Args`] has the flags, `inputs` reads the arguments of `--input`, `plane` and `runs` have the wires. `notes` has
-//! the messages for people, `artifacts` has the paths of artifacts. Only `--cancel` cancels a job: an interrupted wait leaves it running.
+//! the messages for people, `artifacts` has the paths of artifacts. Only `--cancel` cancels a job: an interrupted wait
+//! leaves it running.
 
 mod artifacts;
 mod inputs;

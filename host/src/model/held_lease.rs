@@ -121,12 +121,6 @@ impl CancelSignal {
         self.0.until(|reason| *reason).await
     }
 
-    /// Waits until the task gets no more heartbeats: the control plane has cancelled it, or the lease is lost.
-    async fn ended_by_plane(&self) {
-        let ended = |reason: &_| matches!(reason, Some(CancelReason::Plane | CancelReason::LeaseLost)).then_some(());
-        self.0.until(ended).await;
-    }
-
     /// Waits until the lease is lost. Other reasons do not end the wait.
     pub async fn lost(&self) {
         self.0.until(|reason| (*reason == Some(CancelReason::LeaseLost)).then_some(())).await;
@@ -427,15 +421,16 @@ impl HeldLease {
         TimeLeft { lease, run: left(hard.min(self.run_end.until())) }
     }
 
-    /// Appends an event. Waits while too many events wait for heartbeats.
+    /// Appends an event. Waits while too many events wait for heartbeats. A cancel ends the wait: a runner must not
+    /// miss it because the control plane is slow or unreachable.
     ///
     /// # Errors
-    /// `Limit` if the event is too large. `LeaseOver` if there was no space, and no more heartbeats are sent.
+    /// `Limit` if the event is too large. `LeaseOver` if there is no space, and the task is cancelled or over.
     pub async fn event(&self, value: Value) -> Result<(), PortError> {
         let over = async {
             let session_ended = self.updates.until(|now| now.over.then_some(()));
             tokio::select! {
-                () = self.cancel.ended_by_plane() => {}
+                _ = self.cancel.cancelled() => {}
                 () = session_ended => {}
             }
         };
@@ -445,7 +440,7 @@ impl HeldLease {
                 appended.map_err(|err| PortError::new(PortErrorKind::Limit, err.to_string()))
             }
             () = over => {
-                let message = "the control plane takes no more events of this task: it is cancelled or over";
+                let message = "the event is dropped: too many events wait, and the task is cancelled or over";
                 Err(PortError::new(PortErrorKind::LeaseOver, message))
             }
         }
@@ -563,14 +558,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn waiting_event_ends_with_the_heartbeats() {
+    async fn waiting_event_ends_with_a_cancel() {
         let full = || {
             let (held, writer) = HeldLease::new(lease(), Setup::Pending);
             while held.progress.event(Value::Null).is_ok() {}
             (held, writer)
         };
         let ends: [fn(HeldLease, HeldLeaseWriter); 3] = [
-            |held, _| held.cancel.cancel(CancelReason::Plane),
+            |held, _| held.cancel.cancel(CancelReason::Drained),
             |held, _| held.cancel.cancel(CancelReason::LeaseLost),
             |_, writer| drop(writer),
         ];
@@ -579,15 +574,15 @@ mod tests {
             let mut event = std::pin::pin!(held.event(Value::Null));
             assert!(futures_util::poll!(&mut event).is_pending());
             end(held.clone(), writer);
-            assert_eq!(event.await.expect_err("no more heartbeats").kind, PortErrorKind::LeaseOver);
+            assert_eq!(event.await.expect_err("no space").kind, PortErrorKind::LeaseOver);
         }
-        // While the node drains, heartbeats continue.
         let (held, _writer) = full();
-        held.cancel.cancel(CancelReason::Drained);
         let (event, ()) = tokio::join!(held.event(Value::Null), async {
             held.progress.acknowledge(&held.progress.pending());
         });
         event.expect("there is space");
+        held.cancel.cancel(CancelReason::Drained);
+        held.event(Value::Null).await.expect("the events of a cancelled task are sent too");
     }
 
     #[test]
