@@ -1,6 +1,6 @@
 //! `runner-host cancel`: an operator ends a task.
 
-use std::{os::unix::fs::PermissionsExt as _, path::Path};
+use std::{os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
 use serde_json::{Value, json};
 
@@ -106,6 +106,31 @@ async fn completion_after_the_command_does_not_count() {
 }
 
 #[tokio::test]
+async fn cancel_counts_until_the_report_begins() {
+    let test_server = TestServer::with(|config| {
+        config.request_max_bytes = 100_000;
+        config.part_size = 64 * 1024;
+    });
+    let test_server = test_server.await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let node = proxy.node(&[fixtures::zoo()]).leasing().await;
+    // The runner completes while the abort of its upload gets no answer.
+    let (gate, held) = Bad::gate();
+    let abort = "DELETE /api/v1/domains/*/data/multipart";
+    proxy.answer(abort, 1, held);
+    let job = test_server.task("/fixtures/drop-writer/v1").submit();
+    proxy.seen(abort, 1).await;
+    proxy.seen("POST /api/v1/domains/*/data", 1).await;
+    tokio::time::sleep(Duration::from_millis(300)).await; // no event tells that the runner has returned
+    cancel(&node, &[&task_in(&node, "running").await], 0).await;
+    gate.cancel();
+    let ended = test_server.ended(&node, job).await;
+    let (reason, details) = ended.failed();
+    assert_eq!((reason, &details["artifacts"][0]["logical_path"]), ("cancelled by operator", &json!("kept.txt")));
+    node.stop().await;
+}
+
+#[tokio::test]
 async fn task_that_waits_for_its_plugin_is_cancelled() {
     let test_server = TestServer::start().await;
     let file = "[[plugin]]\nfile = \"zoo\"\nmax_concurrency = 1\n";
@@ -160,7 +185,8 @@ async fn cancelled_grpc_run_fails() {
 
 #[tokio::test]
 async fn task_set_up_without_an_answer_is_cancelled() {
-    let test_server = TestServer::start().await;
+    // A third of the lease passes before a heartbeat without an answer ends. Only then may the report follow.
+    let test_server = TestServer::with(|config| config.lease_ttl = Duration::from_secs(6)).await;
     let proxy = FaultProxy::before(&test_server).await;
     // Without a domain the runner waits for the first heartbeat, which gets no answer.
     proxy.answer("GET /v1/tasks", usize::MAX, Bad::edit(|lease| lease["domain_id"] = Value::Null));
@@ -201,7 +227,7 @@ async fn ended_and_unknown_tasks_are_named() {
 
 #[tokio::test]
 async fn earlier_cancel_reason_is_named() {
-    let test_server = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+    let test_server = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
     let node = test_server.node(&[fixtures::zoo()]).set("CANCEL_GRACE", "20s").leasing().await;
     let files = tempfile::tempdir().expect("a folder");
     let file = files.path().join("go");

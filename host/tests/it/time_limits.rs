@@ -140,7 +140,7 @@ async fn unusable_wall_ms_fails_the_task() {
 }
 
 #[tokio::test]
-async fn three_runs_that_ignore_their_limit_end_the_plugin() {
+async fn three_runs_ignoring_their_limit_end_the_plugin() {
     let test_server = TestServer::start().await;
     let file = "[[plugin]]\nfile = \"zoo\"\nlimits = { wall_time = \"200ms\" }\n";
     let node = test_server.node(&[fixtures::zoo()]).plugins_file(file).set("CANCEL_GRACE", "100ms").leasing().await;
