@@ -436,7 +436,7 @@ impl HeldLease {
         };
         tokio::select! {
             biased;
-            appended = self.progress.event_when_free(value) => {
+            appended = self.progress.event(value) => {
                 appended.map_err(|err| PortError::new(PortErrorKind::Limit, err.to_string()))
             }
             () = over => {
@@ -510,7 +510,7 @@ impl HeldLease {
 mod tests {
     use std::time::Duration;
 
-    use super::*;
+    use super::{super::progress_queue::EVENTS_MAX, *};
 
     fn lease() -> Lease {
         Lease::bare(super::super::TaskId::from(uuid::Uuid::nil()), "/a/v1".parse().expect("a capability"))
@@ -559,9 +559,11 @@ mod tests {
 
     #[tokio::test]
     async fn waiting_event_ends_with_a_cancel() {
-        let full = || {
+        let full = async || {
             let (held, writer) = HeldLease::new(lease(), Setup::Pending);
-            while held.progress.event(Value::Null).is_ok() {}
+            for _ in 0..EVENTS_MAX {
+                held.event(Value::Null).await.expect("there is space");
+            }
             (held, writer)
         };
         let ends: [fn(HeldLease, HeldLeaseWriter); 3] = [
@@ -570,13 +572,13 @@ mod tests {
             |_, writer| drop(writer),
         ];
         for end in ends {
-            let (held, writer) = full();
+            let (held, writer) = full().await;
             let mut event = std::pin::pin!(held.event(Value::Null));
             assert!(futures_util::poll!(&mut event).is_pending());
             end(held.clone(), writer);
             assert_eq!(event.await.expect_err("no space").kind, PortErrorKind::LeaseOver);
         }
-        let (held, _writer) = full();
+        let (held, _writer) = full().await;
         let (event, ()) = tokio::join!(held.event(Value::Null), async {
             held.progress.acknowledge(&held.progress.pending());
         });

@@ -38,7 +38,7 @@ pub enum PortErrorKind {
     Setup,
     /// A local file could not be read or written.
     Local,
-    /// A limit was exceeded (size of progress, number of waiting events, bytes in memory, size of an archive), or the
+    /// A limit was exceeded (size of progress or of an event, bytes in memory, size of an archive), or the
     /// store answered 413.
     Limit,
     /// The task ended while the call was in progress.

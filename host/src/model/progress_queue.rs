@@ -28,11 +28,6 @@ pub enum ProgressError {
     /// The event is larger than [`EVENT_BYTES_MAX`].
     #[error("event is {0} bytes of JSON, at most {EVENT_BYTES_MAX} are allowed")]
     EventTooLarge(usize),
-    /// The event would exceed [`EVENTS_MAX`] or [`EVENTS_BYTES_MAX`].
-    #[error(
-        "too many events wait for the control plane ({EVENTS_MAX} events or {EVENTS_BYTES_MAX} bytes at most); try again later"
-    )]
-    EventsFull,
 }
 
 /// What the next heartbeat should carry.
@@ -85,18 +80,9 @@ impl ProgressQueue {
         Ok(())
     }
 
-    /// Appends an event, or fails if there is no space.
-    pub fn event(&self, value: Value) -> Result<(), ProgressError> {
-        let bytes = event_bytes(&value)?;
-        match self.push((value, bytes)) {
-            Ok(()) => Ok(()),
-            Err(_) => Err(ProgressError::EventsFull),
-        }
-    }
-
     /// Appends an event. Waits while there is no space. Callers that wait get space in order of arrival.
     /// [`super::HeldLease::event`] ends the wait when no heartbeat can free space.
-    pub async fn event_when_free(&self, value: Value) -> Result<(), ProgressError> {
+    pub async fn event(&self, value: Value) -> Result<(), ProgressError> {
         let bytes = event_bytes(&value)?;
         let mut event = (value, bytes);
         let _turn = self.turn.lock().await;
@@ -215,9 +201,9 @@ mod tests {
     async fn waiting_events_get_space_in_order() {
         let queue = ProgressQueue::default();
         for n in 0..EVENTS_MAX {
-            queue.event_when_free(json!(n)).await.expect("space in the queue");
+            queue.event(json!(n)).await.expect("space in the queue");
         }
-        let [mut first, mut given_up, mut last] = [1, 2, 3].map(|n| Box::pin(queue.event_when_free(json!([n]))));
+        let [mut first, mut given_up, mut last] = [1, 2, 3].map(|n| Box::pin(queue.event(json!([n]))));
         assert!(poll!(&mut first).is_pending() && poll!(&mut given_up).is_pending() && poll!(&mut last).is_pending());
         queue.acknowledge(&queue.pending());
         // The one that has waited longest goes first, even if another one is polled before it.
@@ -225,26 +211,24 @@ mod tests {
         drop(given_up);
         assert_eq!((first.await, last.await), (Ok(()), Ok(())));
         assert_eq!(queue.pending().events, [json!([1]), json!([3])]);
-        let too_large = queue.event_when_free(json!("x".repeat(EVENT_BYTES_MAX))).await;
-        assert!(matches!(too_large, Err(ProgressError::EventTooLarge(_))));
     }
 
-    #[test]
-    fn acknowledgement_removes_only_sent_events() {
+    #[tokio::test]
+    async fn acknowledgement_removes_only_sent_events() {
         let queue = ProgressQueue::default();
-        queue.event(json!(1)).expect("space in the queue");
+        queue.event(json!(1)).await.expect("space in the queue");
         let sent = queue.pending();
-        queue.event(json!(2)).expect("space in the queue");
+        queue.event(json!(2)).await.expect("space in the queue");
         queue.acknowledge(&sent);
         assert_eq!(queue.pending().events, [json!(2)]);
         assert!(queue.is_dirty());
     }
 
-    #[test]
-    fn large_events_are_split_across_heartbeats() {
+    #[tokio::test]
+    async fn large_events_are_split_across_heartbeats() {
         let queue = ProgressQueue::default();
         for n in 0..5 {
-            queue.event(json!(format!("{n}{}", "x".repeat(20_000)))).expect("space in the queue");
+            queue.event(json!(format!("{n}{}", "x".repeat(20_000)))).await.expect("space in the queue");
         }
         let mut sizes = Vec::new();
         while queue.is_dirty() {
@@ -269,20 +253,21 @@ mod tests {
         assert!(!queue.is_dirty());
     }
 
-    #[test]
-    fn queue_is_limited_by_count_and_bytes() {
+    #[tokio::test]
+    async fn queue_is_limited_by_count_and_bytes() {
         let queue = ProgressQueue::default();
         for n in 0..EVENTS_MAX {
-            queue.event(json!(n)).expect("space in the queue");
+            queue.event(json!(n)).await.expect("space in the queue");
         }
-        assert_eq!(queue.event(json!("one more")), Err(ProgressError::EventsFull));
+        assert!(poll!(pin!(queue.event(json!("one more")))).is_pending());
         let queue = ProgressQueue::default();
         let quarter = json!("x".repeat(EVENTS_BYTES_MAX / 4 - 2));
         for _ in 0..4 {
-            queue.event(quarter.clone()).expect("space in the queue");
+            queue.event(quarter.clone()).await.expect("space in the queue");
         }
-        assert_eq!(queue.event(json!(1)), Err(ProgressError::EventsFull));
-        assert!(matches!(queue.event(json!("x".repeat(EVENT_BYTES_MAX))), Err(ProgressError::EventTooLarge(_))));
+        assert!(poll!(pin!(queue.event(json!(1)))).is_pending());
+        let too_large = queue.event(json!("x".repeat(EVENT_BYTES_MAX))).await;
+        assert!(matches!(too_large, Err(ProgressError::EventTooLarge(_))));
         assert!(matches!(
             queue.progress(json!("x".repeat(PROGRESS_BYTES_MAX))),
             Err(ProgressError::ProgressTooLarge(_))

@@ -242,7 +242,7 @@ async fn changed_domain_address_is_applied_while_task_runs() {
         (json!({ "domain_id": OTHER }), at("https://meta", other)),
     ] {
         let old = held_lease.token();
-        held_lease.progress.event(json!("go on")).expect("space in the queue");
+        held_lease.progress.event(json!("go on")).await.expect("space in the queue");
         let mut answer = answer;
         answer["access_token"] = Uuid::new_v4().to_string().into();
         plane.expect(HEARTBEAT).await.ok(answer);
@@ -258,7 +258,7 @@ async fn newer_token_is_visible_immediately() {
     let held_lease = session.held_lease();
     let old = held_lease.token();
     assert_eq!(old, Some(Token::new("dom-1")));
-    held_lease.progress.event(json!("go on")).expect("space in the queue");
+    held_lease.progress.event(json!("go on")).await.expect("space in the queue");
     plane.expect(HEARTBEAT).await.ok(json!({ "access_token": "dom-2" }));
     assert_eq!(held_lease.newer_token(old.as_ref(), Duration::from_secs(20)).await, Some(Token::new("dom-2")));
 }
@@ -270,11 +270,11 @@ async fn progress_is_gathered_and_events_arrive_once() {
     let mailbox = &held_lease.progress;
     for n in 0..50 {
         mailbox.progress(json!({ "n": n })).expect("space in the queue");
-        mailbox.event(json!(n)).expect("space in the queue");
+        mailbox.event(json!(n)).await.expect("space in the queue");
     }
     let call = plane.expect(HEARTBEAT).await;
     assert_eq!(call.json(), json!({ "progress": { "n": 49 }, "events": (0..50).collect::<Vec<_>>() }));
-    mailbox.event(json!("later")).expect("space in the queue");
+    mailbox.event(json!("later")).await.expect("space in the queue");
     let first = call.at;
     call.ok(json!({}));
     let call = plane.expect(HEARTBEAT).await;
@@ -286,7 +286,7 @@ async fn progress_is_gathered_and_events_arrive_once() {
 #[tokio::test]
 async fn unacknowledged_events_come_again() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.held_lease().progress.event(json!("kept")).expect("space in the queue");
+    session.held_lease().progress.event(json!("kept")).await.expect("space in the queue");
     plane.expect(HEARTBEAT).await.answer(502, "");
     let call = plane.expect(HEARTBEAT).await;
     assert_eq!(call.json()["events"], json!(["kept"]));
@@ -299,7 +299,7 @@ async fn last_words_go_before_the_report() {
     let held_lease = session.held_lease();
     let mailbox = &held_lease.progress;
     mailbox.progress(json!({ "done": true })).expect("space in the queue");
-    mailbox.event(json!("end")).expect("space in the queue");
+    mailbox.event(json!("end")).await.expect("space in the queue");
     let closed = close(session, async || {
         plane.expect(HEARTBEAT).await.answer(500, "once more, please");
         let call = plane.expect(HEARTBEAT).await;
@@ -314,7 +314,7 @@ async fn last_words_go_before_the_report() {
 async fn event_backlog_is_sent_without_waiting_for_timer() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
     for n in 0..6 {
-        session.held_lease().progress.event(json!([n, "x".repeat(20_000)])).expect("space in the queue");
+        session.held_lease().progress.event(json!([n, "x".repeat(20_000)])).await.expect("space in the queue");
     }
     for sent in [[0, 1, 2], [3, 4, 5]] {
         let call = plane.expect(HEARTBEAT).await;
@@ -332,7 +332,7 @@ async fn final_flush_sends_all_events_before_report() {
     let mailbox = &held_lease.progress;
     let text = "x".repeat(20_000);
     for n in 0..8 {
-        mailbox.event(json!([n, text])).expect("space in the queue");
+        mailbox.event(json!([n, text])).await.expect("space in the queue");
     }
     let closed = close(session, async || {
         let (mut seen, mut last) = (Vec::new(), None::<Instant>);
@@ -352,7 +352,7 @@ async fn final_flush_sends_all_events_before_report() {
 #[tokio::test]
 async fn failed_final_flush_does_not_prevent_the_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.held_lease().progress.event(json!("end")).expect("space in the queue");
+    session.held_lease().progress.event(json!("end")).await.expect("space in the queue");
     let closed = close(session, async || {
         for _ in 0..3 {
             plane.expect(HEARTBEAT).await.answer(500, "");
@@ -371,7 +371,7 @@ async fn unanswered_final_flush_takes_half_the_lease() {
     plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": short, "access_token": "short" }));
     let old = Token::new("dom-1");
     session.held_lease().newer_token(Some(&old), MINUTE).await;
-    session.held_lease().progress.event(json!("end")).expect("space in the queue");
+    session.held_lease().progress.event(json!("end")).await.expect("space in the queue");
     let began = Instant::now();
     let mut held = Vec::new();
     let closing = ended(session);
@@ -389,7 +389,7 @@ async fn unanswered_final_flush_takes_half_the_lease() {
 #[tokio::test]
 async fn cancel_in_final_heartbeat_suppresses_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.held_lease().progress.event(json!("end")).expect("space in the queue");
+    session.held_lease().progress.event(json!("end")).await.expect("space in the queue");
     let closed = close(session, async || plane.expect(HEARTBEAT).await.ok(json!({ "cancel": true }))).await;
     assert_eq!(closed, Err(NoReport::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
@@ -522,7 +522,7 @@ async fn drained_task_is_reported() {
 #[tokio::test]
 async fn lease_expiry_during_final_flush_keeps_report() {
     let (mut plane, session) = set_up(lease(Duration::from_millis(1200)), json!({})).await;
-    session.held_lease().progress.event(json!("end")).expect("space in the queue");
+    session.held_lease().progress.event(json!("end")).await.expect("space in the queue");
     assert_eq!(session.no_report(&Outcome::Completed), None);
     let mut held = Vec::new();
     let closing = async {
