@@ -115,6 +115,7 @@ async fn unreadable_values_are_reported_together() {
         ("REGISTER_MAX_RETRY", "-2", "-1 or a number of attempts"),
         ("HEARTBEAT_MIN_RATIO", "NaN", "a number from 0 to 1"),
         ("DRAIN_TIMEOUT", "tomorrow", "a duration such as 30s"),
+        ("TASK_TIME_LIMIT", "0", "a duration above 0 such as 30s, at most 316224000 seconds"),
         ("HTTP_BIND", "everywhere", "an address such as 127.0.0.1:8080"),
         ("ALLOW_INSECURE_HTTP", "yes", "true or false"),
         ("DDS_BASE_URL", "dds.example", "an absolute http or https URL"),
