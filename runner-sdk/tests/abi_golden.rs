@@ -172,7 +172,7 @@ fn written_masks_equal_the_declared_masks() {
     assert_eq!(Module::PT_FIELD_ACCESSIBILITY.bits(), abi::MODULE_MASK);
     assert_eq!(Host::PT_FIELD_ACCESSIBILITY.bits(), abi::HOST_MASK);
 
-    let module = runner_sdk::__private::module("golden", &[]);
+    let module = runner_sdk::__private::module(&[]);
     assert_eq!((module.magic, module.abi, module.table.present), (abi::MAGIC, abi::ABI_VERSION, abi::MODULE_MASK));
 }
 

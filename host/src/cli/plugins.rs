@@ -82,7 +82,10 @@ fn list(args: &PluginArgs, strict: bool, output: Output, layers: &Layers) -> any
 }
 
 fn row(listing: &Listing) -> String {
-    let file = listing.file.file_name().unwrap_or(listing.file.as_os_str()).to_string_lossy();
+    let mut file = listing.file.file_name().unwrap_or(listing.file.as_os_str()).to_string_lossy().into_owned();
+    if let Some(name) = listing.name.as_ref().filter(|_| listing.is_named) {
+        file = format!("{file} ({name})");
+    }
     match &listing.reason {
         Some(reason) => format!("refused  {file:<24} {reason}"),
         None => format!("loaded   {file:<24} {}", listing.capabilities.join(", ")),

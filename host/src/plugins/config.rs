@@ -204,11 +204,19 @@ impl PluginsFile {
         };
         let location = format!("[[plugin]] {file:?} ");
         let mut keys = SETTINGS_KEYS.to_vec();
-        keys.extend(["file", CAPABILITY_LIMITS]);
+        keys.extend(["file", "name", CAPABILITY_LIMITS]);
         known_keys(&location, plugin, &keys)?;
         let settings = settings(&location, plugin, self.defaults.clone())?;
-        if self.entries.iter().any(|entry| entry.file == file) {
-            return Err(format!("{location}is listed twice; keep one entry"));
+        let same_name = |entry: &&Entry| entry.settings.name == settings.name;
+        let mut alike = self.entries.iter().filter(same_name);
+        match alike.clone().find(|entry| entry.file == file).or_else(|| alike.next()) {
+            Some(other) if other.file == file => {
+                return Err(format!("{location}is listed twice; keep one entry, or give each its own name"));
+            }
+            Some(other) if settings.name.is_some() => {
+                return Err(format!("{location}name: {:?} has this name already; choose another", other.file));
+            }
+            _ => {}
         }
         Ok(Entry { file, settings })
     }
@@ -226,12 +234,19 @@ fn known_keys(location: &str, table: &Table, known: &[&str]) -> Result<(), Strin
     }
 }
 
+/// The rule of names in manifests.
+fn is_name(name: &str) -> bool {
+    !name.trim().is_empty() && name.chars().count() <= 128 && !name.chars().any(char::is_control)
+}
+
 fn settings(location: &str, table: &Table, defaults: Settings) -> Result<Settings, String> {
     let mut settings = defaults;
     for (key, value) in table {
         let wrong = |expected: &str| Err(format!("{location}{key}: expected {expected}, found {value}"));
         match (key.as_str(), value) {
             ("file", _) => {}
+            ("name", Toml::String(name)) if is_name(name) => settings.name = Some(name.clone()),
+            ("name", _) => return wrong("a text of 1 to 128 characters, without control characters"),
             ("enabled", Toml::Boolean(enabled)) => settings.enabled = *enabled,
             ("enabled" | "override", other) if !other.is_bool() => return wrong("true or false"),
             ("override", Toml::Boolean(overrides)) => settings.overrides = *overrides,
@@ -400,6 +415,22 @@ mod tests {
         assert!(entry("capability_limits = { \"/b/v1\" = 1 }").ends_with("\"/b/v1\": expected a table, found 1"));
         let text = problem("[defaults]\ncapability_limits = {}");
         assert_eq!(text, "[defaults] capability_limits: move it to the [[plugin]] that has the capability");
+    }
+
+    #[test]
+    fn entries_of_one_file_need_different_names() {
+        let twice = |first: &str, second: &str| {
+            let text = format!("[[plugin]]\nfile = \"a\"\n{first}\n[[plugin]]\nfile = \"a\"\n{second}");
+            PluginsFile::parse(&text, Path::new("."))
+        };
+        let same = "[[plugin]] \"a\" is listed twice; keep one entry, or give each its own name";
+        assert_eq!(twice("", "").expect_err("a mistake"), same);
+        assert_eq!(twice("name = \"x\"", "name = \"x\"").expect_err("a mistake"), same);
+        assert_eq!(twice("", "name = \"x\"").expect("different names").entries.len(), 2);
+        let other = problem("[[plugin]]\nfile = \"a\"\nname = \"x\"\n[[plugin]]\nfile = \"b\"\nname = \"x\"");
+        assert_eq!(other, "[[plugin]] \"b\" name: \"a\" has this name already; choose another");
+        assert!(problem("[[plugin]]\nfile = \"a\"\nname = \" \"").contains("name: expected a text of 1 to 128"));
+        assert!(problem("[defaults]\nname = \"a\"").contains("[defaults] unknown key \"name\""));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Finds the plugin files: the libraries in the folders, and the entries of `plugins.toml`.
 
 use std::{
-    collections::{BTreeMap, btree_map},
+    collections::{BTreeMap, BTreeSet, btree_map},
     path::{Path, PathBuf},
 };
 
@@ -78,7 +78,9 @@ fn unreadable(folder: &Path) -> impl Fn(std::io::Error) -> PlaceError + use<'_> 
 
 /// Lists every candidate. Listed files come first, in the file's order. The others follow by name.
 pub(super) fn discover(places: &Places, file: &PluginsFile) -> Result<Vec<Found>, PlaceError> {
-    let mut known = BTreeMap::new();
+    // One file may have several entries, each with its own name.
+    let mut known: BTreeMap<(PathBuf, Option<String>), String> = BTreeMap::new();
+    let mut listed = BTreeSet::new();
     let mut all = Vec::new();
     for path in &places.files {
         all.push(path.clone());
@@ -96,7 +98,9 @@ pub(super) fn discover(places: &Places, file: &PluginsFile) -> Result<Vec<Found>
         };
         let mut refused = refused;
         let path = path.unwrap_or_else(|| PathBuf::from(&entry.file));
-        match known.entry(identity(&path)) {
+        let identity = identity(&path);
+        listed.insert(identity.clone());
+        match known.entry((identity, entry.settings.name.clone())) {
             btree_map::Entry::Vacant(vacant) => drop(vacant.insert(entry.file.clone())),
             btree_map::Entry::Occupied(first) => {
                 refused = Some(InstallError::SameFile { other: first.get().clone() });
@@ -105,7 +109,7 @@ pub(super) fn discover(places: &Places, file: &PluginsFile) -> Result<Vec<Found>
         found.push(Found { file: path, settings: entry.settings.clone(), refused });
     }
     for path in all {
-        if known.insert(identity(&path), path.display().to_string()).is_none() {
+        if listed.insert(identity(&path)) {
             let refused = file.refuse_unlisted.then_some(InstallError::Unlisted);
             let refused = if file.defaults.enabled { refused } else { Some(InstallError::Disabled) };
             found.push(Found { file: path, settings: file.defaults.clone(), refused });
@@ -121,7 +125,7 @@ pub(super) fn discover(places: &Places, file: &PluginsFile) -> Result<Vec<Found>
     Ok(found)
 }
 
-/// One file with two names is one plugin.
+/// One file with two paths is one file.
 fn identity(path: &Path) -> PathBuf {
     path.canonicalize().unwrap_or_else(|_| path.to_owned())
 }

@@ -110,7 +110,7 @@ pub enum InstallError {
     #[error("would serve nothing: capabilities = [] in plugins.toml; name some, or write enabled = false")]
     ServesNothing,
     /// Two entries refer to one file.
-    #[error("is the same file as {other}; keep one entry")]
+    #[error("is the same file as {other}; keep one entry, or give each its own name")]
     SameFile {
         /// The entry that is used.
         other: String,

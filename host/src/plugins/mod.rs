@@ -97,8 +97,11 @@ pub struct Listing {
     /// The file.
     #[serde(serialize_with = "lossy")]
     pub file: PathBuf,
-    /// The name in its manifest, if the manifest is readable.
+    /// The name that the operator gave it, else the name in its manifest, if the manifest is readable.
     pub name: Option<String>,
+    /// The operator gave it a name. One file may then have several listings.
+    #[serde(skip)]
+    pub is_named: bool,
     /// The version in its manifest.
     pub version: Option<String>,
     /// The SHA-256 of the bytes that were opened.
@@ -173,7 +176,8 @@ impl Plugins {
     /// Only when a folder cannot be listed.
     pub fn load(config: &Config) -> Result<Self, PlaceError> {
         let found = discover::discover(&config.places, &config.file)?;
-        let mut listings: Vec<Listing> = found.iter().map(|found| Listing::new(&found.file)).collect();
+        let mut listings: Vec<Listing> =
+            found.iter().map(|found| Listing::new(&found.file, found.settings.name.as_deref())).collect();
         // All libraries are read before the first one is opened.
         let mut verified: Vec<Option<Verified>> = Vec::new();
         for (listing, checked) in listings.iter_mut().zip(load::verify_all(found, config.allow_writable)) {
@@ -200,7 +204,8 @@ impl Plugins {
                 listing.refuse(&InstallError::Open { reason });
                 continue;
             }
-            let (name, capabilities) = (plugin.facts.manifest.name.clone(), plugin.capabilities.clone());
+            let name = listing.name.clone().unwrap_or_default();
+            let capabilities = plugin.capabilities.clone();
             let settings = plugin.settings.clone();
             let sha256: Arc<str> = plugin.sha256.as_str().into();
             ended::opening(&name, &listing.file);
@@ -381,7 +386,7 @@ fn assign_capabilities(verified: &mut [Option<Verified>], listings: &mut [Listin
                 contested => contested,
             };
             if let Some(contested) = contested {
-                let other = listings[owners[contested].0].file.display().to_string();
+                let other = listings[owners[contested].0].to_string();
                 listings[index].refuse(&InstallError::Duplicate { capability: contested.to_string(), other });
                 verified[index] = None;
                 continue;
@@ -408,11 +413,22 @@ fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
 }
 
+/// Names the library in a line for the operator.
+impl std::fmt::Display for Listing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.name.as_ref().filter(|_| self.is_named) {
+            Some(name) => write!(f, "{} ({name})", self.file.display()),
+            None => write!(f, "{}", self.file.display()),
+        }
+    }
+}
+
 impl Listing {
-    fn new(file: &Path) -> Self {
+    fn new(file: &Path, name: Option<&str>) -> Self {
         Self {
             file: file.to_owned(),
-            name: None,
+            name: name.map(str::to_owned),
+            is_named: name.is_some(),
             version: None,
             sha256: None,
             capabilities: Vec::new(),
@@ -429,7 +445,7 @@ impl Listing {
 
     fn describe(&mut self, plugin: &Verified) {
         debug_assert_eq!(self.file, plugin.file);
-        self.name = Some(plugin.facts.manifest.name.clone());
+        self.name.get_or_insert_with(|| plugin.facts.manifest.name.clone());
         self.version = Some(plugin.facts.manifest.version.clone());
         self.sha256 = Some(plugin.sha256.clone());
         self.capabilities = plugin.capabilities.iter().map(ToString::to_string).collect();

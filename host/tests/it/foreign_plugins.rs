@@ -57,6 +57,39 @@ async fn c_plugin_of_sixty_lines_runs_leased_tasks() {
 }
 
 #[tokio::test]
+async fn one_file_serves_as_two_plugins() {
+    let test_server = TestServer::start().await;
+    let file = r#"
+        [[plugin]]
+        name = "formal"
+        file = "libc-instances.so"
+        capabilities = ["/fixtures/instance-a/v1"]
+        config = { greeting = "Good day" }
+        [[plugin]]
+        name = "casual"
+        file = "libc-instances.so"
+        capabilities = ["/fixtures/instance-b/v1"]
+        config = { greeting = "hi" }
+    "#;
+    let node = test_server.node(&[fixtures::c("instances", &[])]).plugins_file(file).leasing().await;
+    for (number, name, capability, greeting) in
+        [(1, "formal", "/fixtures/instance-a/v1", "Good day"), (2, "casual", "/fixtures/instance-b/v1", "hi")]
+    {
+        test_server.run(&node, capability, json!({})).await.completed();
+        let line = node.line(|line| line["message"] == "a task runs" && line["plugin"] == name).await;
+        // The number counts the instances in one copy of the library's statics: it was opened once.
+        let expected = json!({ "instance": number, "config": { "greeting": greeting }, "serves": capability, "of": 1 });
+        for (key, value) in expected.as_object().expect("an object") {
+            assert_eq!(&line[key], value, "{line}");
+        }
+    }
+    let plugins = node.status().await["plugins"].clone();
+    let names: Vec<&serde_json::Value> = plugins.as_array().expect("a list").iter().map(|one| &one["name"]).collect();
+    assert_eq!(names, ["formal", "casual"]);
+    node.stop().await;
+}
+
+#[tokio::test]
 async fn plugin_of_a_later_sdk_loads() {
     let test_server = TestServer::start().await;
     let node = test_server.joined(&[fixtures::newer_sdk()]).await;

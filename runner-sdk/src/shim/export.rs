@@ -218,7 +218,7 @@ macro_rules! export_runner {
                 // The linker keeps what this exported function refers to. Before Rust 1.89, `#[used]` alone
                 // lets it drop the section.
                 std::hint::black_box(&MANIFEST);
-                sdk::module(env!("CARGO_PKG_NAME"), REGISTRATIONS)
+                sdk::module(REGISTRATIONS)
             }
 
             extern "C" fn erased() -> sdk::RootModuleResult {

@@ -49,8 +49,8 @@ pub use spawn::{Spawned, spawn};
 /// Worker threads of an instance's runtime. Runners mostly wait. Computations use `spawn_blocking`.
 const WORKERS: usize = 2;
 
-/// The package name and the runners of this library.
-static REGISTRATIONS: OnceLock<(&'static str, &'static [Registration])> = OnceLock::new();
+/// The runners of this library.
+static REGISTRATIONS: OnceLock<&'static [Registration]> = OnceLock::new();
 /// The instances of this library that are not shut down.
 static PLUGINS: RwLock<Vec<Arc<Plugin>>> = RwLock::new(Vec::new());
 
@@ -94,13 +94,13 @@ impl Drop for Ending {
 
 /// The table of this plugin. Called by the exported entry, possibly more than once.
 #[must_use]
-pub fn module(name: &'static str, registrations: &'static [Registration]) -> &'static ModuleTable {
+pub fn module(registrations: &'static [Registration]) -> &'static ModuleTable {
     static TABLE: ModuleTable = ModuleTable {
         magic: abi::MAGIC,
         abi: abi::ABI_VERSION,
         table: Table { present: abi::MODULE_MASK, reserved: 0, entries: ENTRIES },
     };
-    REGISTRATIONS.get_or_init(|| (name, registrations));
+    REGISTRATIONS.get_or_init(|| registrations);
     &TABLE
 }
 
@@ -140,6 +140,7 @@ unsafe extern "C" fn create(
 
 /// What a [`CreateRequest`] lends.
 struct CreateArguments<'a> {
+    name: &'a str,
     log_level: u32,
     config: &'a str,
     capabilities: Vec<&'a str>,
@@ -152,6 +153,7 @@ impl<'a> CreateArguments<'a> {
         // SAFETY: the caller's promise.
         unsafe {
             Self {
+                name: text(request.name),
                 log_level: request.log_level,
                 config: text(request.config),
                 capabilities: texts(request.capabilities, request.capabilities_len),
@@ -163,12 +165,12 @@ impl<'a> CreateArguments<'a> {
 /// Makes an instance and returns its number.
 fn prepare(host: Host, request: CreateArguments<'_>) -> Result<u64, String> {
     static LAST: AtomicU64 = AtomicU64::new(0);
-    let (name, registrations) = *REGISTRATIONS.get().ok_or("create was called before the exported entry")?;
+    let registrations = *REGISTRATIONS.get().ok_or("create was called before the exported entry")?;
     install_hook(Some(report_panic), false);
     logging::install(request.log_level);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
-        .thread_name(format!("runner-{name}"))
+        .thread_name(format!("runner-{}", request.name))
         .enable_all()
         .build()
         .map_err(|err| format!("the plugin's runtime did not start: {err}"))?;
