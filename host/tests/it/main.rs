@@ -5,6 +5,7 @@
 #![allow(missing_docs, reason = "tests are named as statements")]
 
 mod abi_calls;
+mod abi_matrix;
 #[cfg(feature = "grpc")]
 mod appsettings;
 mod artifacts;

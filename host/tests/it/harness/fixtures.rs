@@ -6,7 +6,7 @@
 
 use std::{
     collections::HashMap,
-    env::consts::{DLL_PREFIX, DLL_SUFFIX},
+    env::consts::{DLL_PREFIX, DLL_SUFFIX, EXE_SUFFIX},
     fs::File,
     path::{Path, PathBuf},
     process::Command,
@@ -57,6 +57,32 @@ pub(crate) fn newer_sdk() -> PathBuf {
 pub(crate) fn independent() -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| fixture("independent", "independent")).clone()
+}
+
+/// A build of a package below `host/tests/fixtures/rust/variants`. `words` are for cargo: features of the SDK, `--release`.
+/// A plugin serves `/fixtures/<name>/v1`.
+pub(crate) fn variant(name: &str, package: &str, words: &[&str]) -> PathBuf {
+    static BUILT: OnceLock<Mutex<HashMap<String, PathBuf>>> = OnceLock::new();
+    let mut built = BUILT.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    built.entry(name.to_owned()).or_insert_with(|| build_variant(name, package, words)).clone()
+}
+
+fn build_variant(name: &str, package: &str, words: &[&str]) -> PathBuf {
+    let _lock = lock();
+    let dir = host_dir().join("tests/fixtures/rust/variants");
+    let words = [&["build", "-p", package], words].concat();
+    let capability = format!("/fixtures/{name}/v1");
+    run_cargo(&dir, &words, &[("RH_FIXTURE_CAPABILITY", &capability)])
+        .unwrap_or_else(|why| panic!("cargo {words:?} in {} fails\n{why}", dir.display()));
+    let profile = if words.contains(&"--release") { "release" } else { "debug" };
+    let file = if package == "variant" { library_name(package) } else { format!("{package}{EXE_SUFFIX}") };
+    // The builds of a package all write the same file.
+    let kept = target_dir().join("variants");
+    let (whole, partial) = (kept.join(format!("{name}-{file}")), kept.join(format!("{name}.partial")));
+    std::fs::create_dir_all(&kept).expect("the target folder is writable");
+    std::fs::copy(target_dir().join(profile).join(file), &partial).expect("cargo wrote it");
+    std::fs::rename(&partial, &whole).expect("the target folder is writable");
+    whole
 }
 
 /// The workspace's own `hello`.
@@ -197,9 +223,20 @@ pub(crate) fn refused(folder: &str) -> String {
 /// Like [`cargo`]. The error is the stderr of both runs.
 fn cargo_or_why(dir: &Path, words: &[&str]) -> Result<String, String> {
     let _lock = lock();
+    run_cargo(dir, words, &[])
+}
+
+/// Like [`cargo_or_why`], for who holds the lock.
+fn run_cargo(dir: &Path, words: &[&str], variables: &[(&str, &str)]) -> Result<String, String> {
     let run = |offline: &[&str]| {
         let mut cargo = Command::new(env!("CARGO"));
-        cargo.current_dir(dir).args(words).args(offline).arg("--target-dir").arg(target_dir());
+        cargo
+            .envs(variables.iter().copied())
+            .current_dir(dir)
+            .args(words)
+            .args(offline)
+            .arg("--target-dir")
+            .arg(target_dir());
         // Variables that cargo sets for the build of the test binary must not affect this build.
         for (name, _) in std::env::vars_os() {
             if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name == "CARGO_MANIFEST_DIR") {
