@@ -39,11 +39,18 @@
  * - Let no C++ exception and no longjmp leave an entry or a reply.
  *
  * Growth
- * - Later versions append entries and fields, and change none. An entry may be used if its bit is set:
- *   RUNNER_HAS(api, RUNNER_HOST_…). All entries without "since" are in every host of this major version.
- * - Of runner_module, the entries create, start, cancel and shutdown are mandatory. The others may be NULL.
- *   Initialise the table with names ({.create = create}) or leave later entries out: they are then NULL.
- * - A request is as long as its `size` says. A field with "since" may be read if RUNNER_REACHES(request, field).
+ * - A minor version appends entries to the tables and fields to the requests. It changes and removes nothing. Every
+ *   host of this major version runs every plugin of it, older or newer.
+ * - What a minor version appended says "since 2.N". Everything else is in every host of this major version.
+ * - Call an entry of the host that says "since" only if its bit is set: RUNNER_HAS(api, RUNNER_HOST_<ENTRY>).
+ *   Read a field that says "since" only if RUNNER_REACHES(request, field).
+ * - If your plugin cannot work without an appended entry, put "min_abi":"2.N" into the manifest. An older host then
+ *   refuses the plugin when it loads it.
+ * - Of runner_module, the entries of RUNNER_MODULE_NEEDED are mandatory: create, start, cancel and shutdown. All
+ *   others are optional, and so is every entry that a later version appends. NULL counts as missing.
+ *   Initialise the table with names ({.create = create}), or leave later entries out: they are then NULL.
+ * - The mask says how long a table is. The host calls an entry of yours only if its bit is set and if the host knows
+ *   the entry. Set no bit beyond your table: use the mask of the header that you compile with.
  */
 #ifndef RUNNER_H
 #define RUNNER_H
