@@ -147,6 +147,26 @@ fn readme_and_changelog_stay_short() {
 }
 
 #[test]
+fn documents_name_the_abi_version() {
+    let (version, major) = (runner_sdk::abi::ABI_TEXT, runner_sdk::abi::ABI_MAJOR.to_string());
+    for document in DOCUMENTS {
+        for after in read(document).split("ABI ").skip(1) {
+            // As in "ABI 2.0" and "the ABI is version 2.0".
+            let mut words = after.split_whitespace().skip_while(|word| ["is", "major", "version"].contains(word));
+            let number = words.next().unwrap_or_default().trim_end_matches([',', ';', ':', '.']);
+            if number.starts_with(|c: char| c.is_ascii_digit()) && !number.ends_with('x') {
+                assert!(number == version || number == major, "{document}: ABI {number}, expected {version}");
+            }
+        }
+    }
+    for document in ["README.md", "CHANGELOG.md"] {
+        let text = read(document);
+        let named = ["ABI ", "ABI is version "].iter().any(|before| text.contains(&format!("{before}{version}")));
+        assert!(named, "{document} does not name ABI {version}");
+    }
+}
+
+#[test]
 fn exit_code_table_matches_the_host() {
     let all = [
         Exit::Done,

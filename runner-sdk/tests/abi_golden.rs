@@ -189,6 +189,22 @@ fn abi_version_is_the_same_everywhere() {
     assert!(header.contains(&format!("const runner_module *{}(void);", abi::ENTRY)));
     let manifest = runner_sdk::__private::ABI_TEXT;
     assert_eq!(manifest, version);
+    let entry = abi::ENTRY;
+    assert!(include_str!("../src/shim/export.rs").contains(&format!("fn {entry}() -> ")));
+    // The documented examples load on this host.
+    for (file, text) in
+        [("README.md", include_str!("../README.md")), ("export.rs", include_str!("../src/shim/export.rs"))]
+    {
+        let examples: Vec<&str> =
+            text.split("min_abi = \"").skip(1).filter_map(|rest| rest.split('"').next()).collect();
+        assert!(!examples.is_empty(), "{file} has no example of min_abi");
+        // "1" is the example of an invalid one.
+        for example in examples.into_iter().filter(|example| *example != "1") {
+            let (needed_major, needed_minor) = example.split_once('.').expect("major.minor");
+            assert_eq!(needed_major.parse(), Ok(major), "{file}: {example}");
+            assert!(needed_minor.parse().is_ok_and(|needed: u16| needed <= minor), "{file}: {example}");
+        }
+    }
 }
 
 fn compile(compiler: &str, extension: &str, standard: &str, source: &str, dir: &Scratch) -> PathBuf {
