@@ -282,12 +282,13 @@ async fn runs_that_block_all_workers_are_named() {
     let jobs = [block(), block()];
     let mut blocking = BTreeSet::new();
     for job in jobs {
-        blocking.insert(test_server.started(&node, job).await["id"].to_string());
+        let task = test_server.started(&node, job).await["id"].clone();
+        blocking.insert(task.as_str().expect("an id").to_owned());
     }
     let other = test_server.task("/fixtures/ok/v1").submit();
     let is_warning = |line: &Value| line["event"] == "runner.blocks_worker";
     for task in &blocking {
-        let line = node.line(|line| is_warning(line) && line["task_id"].to_string() == *task).await;
+        let line = node.line(|line| is_warning(line) && line["task_id"] == task.as_str()).await;
         assert_eq!(line["level"], "WARN", "{line}");
         assert_eq!(line["capability"], "/fixtures/block-worker/v1", "{line}");
     }
