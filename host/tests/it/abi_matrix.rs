@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 
 use crate::harness::{EVENT_LIMIT, TestServer, fixtures, folder::Folder, within};
 
-/// The features of a later SDK: one more entry in each table.
+/// The features of a later SDK: one more entry in each table. With the first one, the request of `start` has one more
+/// field.
 const HOST_ENTRY: &str = "--features=host-entry";
 const MODULE_ENTRY: &str = "--features=module-entry";
 const BOTH_ENTRIES: &str = "--features=host-entry,module-entry";
@@ -22,7 +23,7 @@ struct Plugin {
     name: &'static str,
     file: PathBuf,
     rust: bool,
-    /// It has one more entry, and knows one more entry of the host.
+    /// It has one more entry. It knows one more entry of the host and one more field of a request.
     newer: bool,
 }
 
@@ -50,13 +51,13 @@ impl Plugin {
         format!("/fixtures/{}/v1", self.name)
     }
 
-    /// Path and text of its artifact for the input "a letter". `measure` is the answer of the host's appended entry.
-    fn artifact(&self, measure: Option<u64>) -> (&'static str, String) {
+    /// Path and text of its artifact for the input "a letter". `host_entry`: the host has the appended entry and field.
+    fn artifact(&self, host_entry: bool) -> (&'static str, String) {
         if self.name == "independent" {
             return ("independent.txt", "an independent plugin read: a letter".to_owned());
         }
-        let measure = measure.filter(|_| self.newer).map_or("Unsupported".to_owned(), |number| number.to_string());
-        ("seen.txt", format!("a letter, run 1, measure {measure}"))
+        let (weight, measure) = if host_entry && self.newer { ("9", "77") } else { ("none", "Unsupported") };
+        ("seen.txt", format!("a letter, run 1, weight {weight}, measure {measure}"))
     }
 }
 
@@ -69,7 +70,7 @@ fn check(host: &str, words: &[&str], host_entry: bool, module_entry: bool) {
         let output = output.unwrap_or_else(|err| panic!("{cell}: {err}"));
         assert!(output.status.success(), "{cell}: {}", String::from_utf8_lossy(&output.stderr));
         let seen: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|err| panic!("{cell}: {err}"));
-        let (path, written) = plugin.artifact(host_entry.then_some(77));
+        let (path, written) = plugin.artifact(host_entry);
         assert_eq!((&seen["path"], &seen["written"]), (&json!(path), &json!(written)), "{cell}");
         assert_eq!(seen["layout"], json!(plugin.rust.then_some("Layout")), "{cell}: layout");
         assert_eq!(seen["measured"], json!((module_entry && plugin.newer).then_some(true)), "{cell}: module entry");
@@ -85,7 +86,7 @@ async fn this_host_runs_plugins_of_every_version() {
         std::fs::write(folder.root().join("in.txt"), "a letter").expect("the folder is writable");
         let ended = folder.invoke(&plugin.capability(), &["--input", "in.txt"]).await;
         assert_eq!(ended.code, 0, "{cell}: {}", ended.stderr);
-        let (path, text) = plugin.artifact(None);
+        let (path, text) = plugin.artifact(false);
         assert_eq!(String::from_utf8_lossy(&folder.output(path)), text, "{cell}");
     }
 }

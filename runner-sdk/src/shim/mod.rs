@@ -124,7 +124,7 @@ unsafe extern "C" fn create(
     let created = guard(|| {
         // SAFETY: the host lends the request for the duration of this call. A host of this major version knows all
         // fields that are read here.
-        let request = unsafe { CreateArguments::read(&*request) };
+        let request = unsafe { CreateArguments::read(request) };
         prepare(Host { api, word }, request)
     });
     let (status, number, message) = match created {
@@ -147,16 +147,18 @@ struct CreateArguments<'a> {
 }
 
 impl<'a> CreateArguments<'a> {
+    /// The request of an older host is shorter than its type, so there must be no reference to all of it.
+    ///
     /// # Safety
     /// Everything in `request` must be readable for as long as the result is used.
-    unsafe fn read(request: &'a CreateRequest) -> Self {
+    unsafe fn read(request: *const CreateRequest) -> Self {
         // SAFETY: the caller's promise.
         unsafe {
             Self {
-                name: text(request.name),
-                log_level: request.log_level,
-                config: text(request.config),
-                capabilities: texts(request.capabilities, request.capabilities_len),
+                name: text((*request).name),
+                log_level: (*request).log_level,
+                config: text((*request).config),
+                capabilities: texts((*request).capabilities, (*request).capabilities_len),
             }
         }
     }
@@ -246,10 +248,9 @@ unsafe extern "C" fn start(instance: Instance, task: Task, request: *const Start
     let begun = guard(|| {
         // SAFETY: the host lends the request for the duration of this call. A host of this major version knows all
         // fields that are read here.
-        let (capability, dir, lease) = unsafe {
-            let request = &*request;
-            (text(request.capability), text(request.dir), text(request.lease))
-        };
+        // As in `CreateArguments::read`, there is no reference to all of the request.
+        let (capability, dir, lease) =
+            unsafe { (text((*request).capability), text((*request).dir), text((*request).lease)) };
         begin(&plugin, task, capability, dir, lease)
     });
     match begun {
