@@ -65,7 +65,7 @@ impl Node {
     pub async fn build(config: HostConfig, plugins: Arc<Plugins>) -> anyhow::Result<Self> {
         let HostConfig { planes, auth, dms, session, engine, storage, outbox, observe, transport: http, .. } = config;
         #[cfg(unix)]
-        let files = crate::open_files::allow(engine.slots);
+        let files = crate::open_files::limit();
         #[cfg(not(unix))]
         let files = u64::MAX;
         let files = usize::try_from(files).unwrap_or(usize::MAX);

@@ -37,13 +37,17 @@ pub(crate) fn check(slots: usize, plugins: usize) -> Result<(), TooFewFiles> {
     if limit < need { Err(TooFewFiles { limit, need }) } else { Ok(()) }
 }
 
-/// Raises the limit to what `slots` may need, as far as the system permits. Returns the new limit.
-pub(crate) fn allow(slots: usize) -> u64 {
+/// Raises the limit to what `slots` may need, as far as the system permits.
+pub(crate) fn allow(slots: usize) {
     let (limit, wanted) = raise(slots);
     if limit < wanted {
         warn!(event = "descriptors.low", limit, wanted, slots, "RLIMIT_NOFILE is too low for MAX_CONCURRENCY");
     }
-    limit
+}
+
+/// How many files may be open now.
+pub(crate) fn limit() -> u64 {
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
 /// Raises the limit. Returns how many files may be open now, and how many `slots` may need.

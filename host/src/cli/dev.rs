@@ -176,7 +176,7 @@ async fn join(
         }
         config.planes.push(PlaneChoice::NodeRuntime(Box::new(node_runtime(dev_server.url(), config.engine.slots))));
     }
-    Node::build(config, Arc::clone(plugins)).await
+    super::build_node(config, Arc::clone(plugins)).await
 }
 
 /// The node's settings for the Node Runtime control plane.

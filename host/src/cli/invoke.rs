@@ -14,7 +14,6 @@ use super::{
     too_few_files, unreadable,
 };
 use crate::{
-    app::Node,
     config::{HostConfig, Layers, PlaneChoice, folder_problem, own_scratch_dir},
     engine::StopSignals,
     leases::local::{self, LocalEvent},
@@ -110,7 +109,7 @@ async fn invoke(
     let stops = StopSignals::default();
     signals::cancel(stops.clone())?;
     crate::crash::point("invoke.before-run");
-    let node = Node::build(config, Arc::new(plugins)).await?;
+    let node = super::build_node(config, Arc::new(plugins)).await?;
     let running = node.run(stops.clone());
     tokio::pin!(running);
     let mut result = None;

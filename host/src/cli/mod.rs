@@ -386,6 +386,16 @@ fn too_few_files(slots: usize, plugins: usize) -> Option<Exit> {
     None
 }
 
+/// Builds a node in this process, which belongs to it: more files may be open.
+async fn build_node(
+    config: HostConfig,
+    plugins: std::sync::Arc<crate::plugins::Plugins>,
+) -> anyhow::Result<crate::app::Node> {
+    #[cfg(unix)]
+    crate::open_files::allow(config.engine.slots);
+    crate::app::Node::build(config, plugins).await
+}
+
 /// Like [`block_on`] for a process that is only a node. The control thread uses as much processor time as a worker,
 /// so the number of workers is one less than the number of processors.
 fn block_on_node_runtime<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {

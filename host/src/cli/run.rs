@@ -7,7 +7,6 @@ use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use super::{Exit, PluginArgs, block_on_node_runtime, nothing_to_serve, signals};
 use crate::{
-    app::Node,
     config::{
         HostConfig, KEYS, Key, Layers, Mistakes, Origin, Secrets, default_scratch_dir, folder_mistakes,
         own_scratch_dir, warnings,
@@ -141,7 +140,7 @@ pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Re
         if let Some(exit) = nothing_to_serve(&plugins) {
             return Ok(exit);
         }
-        let node = Node::build(config, plugins).await?;
+        let node = super::build_node(config, plugins).await?;
         Ok(match node.run(stops).await {
             Ended::Drained => Exit::Done,
             Ended::CutShort => Exit::Temporary,
