@@ -174,6 +174,8 @@ pub struct Lease {
     pub inputs: Vec<String>,
     /// Prefix of artifact paths, as received.
     pub outputs_prefix: Option<String>,
+    /// The trace the task belongs to, as a W3C `traceparent`, if the control plane sent one.
+    pub traceparent: Option<String>,
     /// The lease as the control plane sent it, with unknown fields, and without any credential. A runner receives this
     /// text unchanged. The host does not parse it.
     pub document: Box<RawValue>,
@@ -236,6 +238,7 @@ impl Lease {
             token_expires_at: None,
             inputs: Vec::new(),
             outputs_prefix: None,
+            traceparent: None,
             document: RawValue::NULL.to_owned(),
             hold: None,
         }

@@ -180,7 +180,7 @@ impl Entries {
             capability: lend(lease.capability.as_str()),
             dir: lend(&request.dir),
             task_id: lend(lease.task().as_str()),
-            traceparent: lend(""),
+            traceparent: lend(lease.traceparent.as_deref().unwrap_or_default()),
             lease: lend(lease.document.get()),
         };
         // SAFETY: as in `create`. The plugin copies the parts of the request that it keeps.

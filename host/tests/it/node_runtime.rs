@@ -96,6 +96,24 @@ async fn run_passes_from_stream_to_result() {
 }
 
 #[tokio::test]
+async fn runner_gets_the_trace_of_its_run() {
+    let plane = NodePlane::start().await;
+    let node = plane.node(&[fixtures::zoo()], "").leasing().await;
+    let trace_id = "0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01".to_owned();
+    for (run, trace_id, expected) in [
+        ("traced", trace_id, "00-0b9f3c523b0e4f0e8f8e6f2e9d0c7a01-8f8e6f2e9d0c7a01-00"),
+        ("untraced", String::new(), "none"),
+    ] {
+        let mut traced = lease(run, "/fixtures/trace/v1", &[], &[]);
+        traced.trace_id = trace_id;
+        plane.send(&node, traced).await;
+        let sent = plane.completed(&node, run).await;
+        assert_eq!(result(&sent)["trace.txt"], expected);
+    }
+    node.kill();
+}
+
+#[tokio::test]
 async fn failures_say_whether_a_retry_helps() {
     let plane = NodePlane::start().await;
     let node = plane.node(&[fixtures::zoo()], "").leasing().await;

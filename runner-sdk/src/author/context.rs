@@ -24,6 +24,7 @@ pub struct TaskCtx {
     /// Progress, events, cancellation, token.
     pub ctrl: ControlPlane,
     dir: Arc<Dir>,
+    traceparent: Option<Arc<str>>,
 }
 
 /// The task's directory: its path, and the result of the first request.
@@ -60,18 +61,26 @@ impl Dir {
 }
 
 impl TaskCtx {
-    pub(crate) fn new(lease: LeaseEnvelope, dir: PathBuf, port: Arc<dyn Port>) -> Self {
+    pub(crate) fn new(lease: LeaseEnvelope, dir: PathBuf, traceparent: &str, port: Arc<dyn Port>) -> Self {
         Self {
             lease: Arc::new(lease),
             input: InputSource::new(Arc::clone(&port)),
             output: ArtifactSink::new(Arc::clone(&port)),
             ctrl: ControlPlane::new(Arc::clone(&port)),
             dir: Arc::new(Dir { path: dir, port, made: OnceLock::new() }),
+            traceparent: Some(traceparent).filter(|text| !text.is_empty()).map(Into::into),
         }
     }
 
     pub(crate) fn dir(&self) -> Arc<Dir> {
         Arc::clone(&self.dir)
+    }
+
+    /// The trace the task belongs to, as a W3C `traceparent` header. `None` if the control plane sent none. Pass it on
+    /// to the services that the runner calls.
+    #[must_use]
+    pub fn traceparent(&self) -> Option<&str> {
+        self.traceparent.as_deref()
     }
 
     /// The task's own directory (mode 0700). At first it holds only inputs that were brought to disk. It is removed

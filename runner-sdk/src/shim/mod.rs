@@ -249,9 +249,15 @@ unsafe extern "C" fn start(instance: Instance, task: Task, request: *const Start
         // SAFETY: the host lends the request for the duration of this call. A host of this major version knows all
         // fields that are read here.
         // As in `CreateArguments::read`, there is no reference to all of the request.
-        let (capability, dir, lease) =
-            unsafe { (text((*request).capability), text((*request).dir), text((*request).lease)) };
-        begin(&plugin, task, capability, dir, lease)
+        let task_to_start = unsafe {
+            StartArguments {
+                capability: text((*request).capability),
+                dir: text((*request).dir),
+                traceparent: text((*request).traceparent),
+                lease: text((*request).lease),
+            }
+        };
+        begin(&plugin, task, task_to_start)
     });
     match begun {
         Ok(Ok(())) => {}
@@ -260,7 +266,16 @@ unsafe extern "C" fn start(instance: Instance, task: Task, request: *const Start
     }
 }
 
-fn begin(plugin: &Arc<Plugin>, task: Task, capability: &str, dir: &str, lease: &str) -> Result<(), String> {
+/// What the SDK reads of a [`StartRequest`].
+struct StartArguments<'a> {
+    capability: &'a str,
+    dir: &'a str,
+    traceparent: &'a str,
+    lease: &'a str,
+}
+
+fn begin(plugin: &Arc<Plugin>, task: Task, request: StartArguments<'_>) -> Result<(), String> {
+    let StartArguments { capability, dir, traceparent, lease } = request;
     let lease: LeaseEnvelope =
         serde_json::from_str(lease).map_err(|err| format!("the host's lease does not parse: {err}"))?;
     let runner = plugin.runners.get(capability);
@@ -278,7 +293,7 @@ fn begin(plugin: &Arc<Plugin>, task: Task, capability: &str, dir: &str, lease: &
         signal.stop();
     }
     let port = Arc::new(HostPort { host, task, signal });
-    let ctx = TaskCtx::new(lease, PathBuf::from(dir), port);
+    let ctx = TaskCtx::new(lease, PathBuf::from(dir), traceparent, port);
     let dir = ctx.dir();
     let work = async move { runner.run_boxed(ctx).await };
     let attempt = async move {

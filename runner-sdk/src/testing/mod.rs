@@ -144,7 +144,7 @@ impl TestHost {
         lease.task.capability = R::CAPABILITY.to_owned();
         let dir = ScratchDir::new();
         let port = self.memory.begin(dir.0.clone());
-        let ctx = TaskCtx::new(lease, dir.0.clone(), port);
+        let ctx = TaskCtx::new(lease, dir.0.clone(), "", port);
         let result = match Guarded::new(runner.run(ctx)).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(err)) => Err(Failure::Error(err)),

@@ -380,6 +380,7 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
         token_expires_at: local_time(answer, envelope.access_token_expires_at),
         inputs: task.inputs_cids,
         outputs_prefix: task.outputs_prefix,
+        traceparent: None,
         document,
         hold: None,
     })

@@ -126,6 +126,7 @@ pub(super) fn lease(
         document["domain_id"] = at.domain.to_string().into();
         document["domain_server_url"] = at.server.as_str().into();
     }
+    let traceparent = traceparent(&wire.trace_id);
     let limit = |value| u64::try_from(value).ok().filter(|limit| *limit > 0);
     Ok(Lease {
         expires_at: Some(expiry(end)),
@@ -135,9 +136,18 @@ pub(super) fn lease(
         data: AnnouncedData::Known(data),
         token: domain.map(|domain| domain.token),
         inputs,
+        traceparent,
         document: to_raw_value(&document).expect("JSON values are JSON"),
         ..Lease::bare(ReportAddress { task: ids.task.clone(), at: ids.at().text().into() }, capability)
     })
+}
+
+/// The W3C trace context of a run. Its trace is named by the control plane: a UUID, or 32 hex digits. The wire names no
+/// span, so the parent is the half of the trace id that no other trace has.
+fn traceparent(trace: &str) -> Option<String> {
+    let trace = uuid::Uuid::try_parse(trace.trim()).ok().filter(|trace| !trace.is_nil())?.simple().to_string();
+    let parent = &trace[16..];
+    (parent != "0000000000000000").then(|| format!("00-{trace}-{parent}-00"))
 }
 
 /// The domain server and the token that a newer lease of a run names, if they can be used.
@@ -367,6 +377,17 @@ mod tests {
     }
 
     const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn trace_id_becomes_a_trace_context() {
+        let expected = "00-0b9f3c523b0e4f0e8f8e6f2e9d0c7a01-8f8e6f2e9d0c7a01-00";
+        for trace in ["0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01", " 0B9F3C523B0E4F0E8F8E6F2E9D0C7A01 "] {
+            assert_eq!(traceparent(trace).as_deref(), Some(expected));
+        }
+        for trace in ["", "x", "00000000-0000-0000-0000-000000000000", "0b9f3c523b0e4f0e0000000000000000"] {
+            assert_eq!(traceparent(trace), None, "{trace:?}");
+        }
+    }
 
     #[test]
     fn unusual_run_ids_get_a_stable_task_id() {

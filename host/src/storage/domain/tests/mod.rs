@@ -144,6 +144,7 @@ fn lease(inputs: &[&str]) -> Lease {
         token_expires_at: None,
         inputs: inputs.iter().map(ToString::to_string).collect(),
         outputs_prefix: Some("/out/".to_owned()),
+        traceparent: None,
         attempt: None,
         document: serde_json::value::RawValue::NULL.to_owned(),
         hold: None,
