@@ -152,3 +152,39 @@ async fn plugins_with_equal_symbols_keep_their_state() {
     }
     node.stop().await;
 }
+
+/// Every order of `items`.
+fn orders<T: Copy>(items: &[T]) -> Vec<Vec<T>> {
+    if items.is_empty() {
+        return vec![Vec::new()];
+    }
+    let beginning_with = |index: usize| {
+        let mut others = items.to_vec();
+        let first = others.remove(index);
+        orders(&others).into_iter().map(move |others| [vec![first], others].concat())
+    };
+    (0..items.len()).flat_map(beginning_with).collect()
+}
+
+/// The plugins have appended different entries. An accepted one must not affect the next ones.
+#[tokio::test]
+async fn plugins_load_in_every_order() {
+    let changed = "its tables are not this host's";
+    let cases = [
+        (fixtures::variant("newer", "variant", &[BOTH_ENTRIES]), "/fixtures/newer/v1"),
+        (fixtures::variant("other", "variant", &["--features=other-entry"]), "/fixtures/other/v1"),
+        (fixtures::variant("older", "variant", &["--features=older"]), "/fixtures/older/v1"),
+        (fixtures::changed_struct(), changed),
+    ];
+    for order in orders(&[0, 1, 2, 3]) {
+        let folder = Folder::new();
+        for (name, case) in ["a.so", "b.so", "c.so", "d.so"].iter().zip(&order) {
+            folder.put(name, &cases[*case].0);
+        }
+        let rows = folder.rows(0).await;
+        assert_eq!(rows.len(), cases.len());
+        for (row, case) in rows.iter().zip(&order) {
+            assert!(row.contains(cases[*case].1), "{} is missing in {rows:#?}", cases[*case].1);
+        }
+    }
+}

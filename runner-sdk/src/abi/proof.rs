@@ -487,6 +487,26 @@ mod tests {
         assert_eq!(line, "start: parameter 1: field: expected next, found capability");
     }
 
+    /// One more array around a type for each dot.
+    macro_rules! nested {
+        ($kind:ty;) => { $kind };
+        ($kind:ty; . $($more:tt)*) => { nested!([$kind; 1]; $($more)*) };
+    }
+
+    type Deep = nested!(u8; . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . . .
+        . . . . . . . . . . . . . . . . . . . .);
+
+    table!(deep {
+        #[sabi(last_prefix_field)]
+        start: unsafe extern "C" fn(deep: Deep),
+    });
+
+    #[test]
+    fn too_deep_description_is_a_mismatch() {
+        let line = compare(deep::TableRef::LAYOUT, deep::TableRef::LAYOUT).expect_err("too deep").line;
+        assert_eq!(line, "start: parameter 1: more than 64 types are inside each other");
+    }
+
     extern "C" fn no_module() -> RootModuleResult {
         unreachable!("the check does not create the module")
     }
