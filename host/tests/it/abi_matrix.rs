@@ -72,6 +72,8 @@ fn check(host: &str, words: &[&str], host_entry: bool, module_entry: bool) {
         let seen: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|err| panic!("{cell}: {err}"));
         let (path, written) = plugin.artifact(host_entry);
         assert_eq!((&seen["path"], &seen["written"]), (&json!(path), &json!(written)), "{cell}");
+        let progress = if plugin.name == "independent" { "" } else { r#"{"run":1}"# };
+        assert_eq!(seen["progress"], progress, "{cell}: progress");
         assert_eq!(seen["layout"], json!(plugin.rust.then_some("Layout")), "{cell}: layout");
         assert_eq!(seen["measured"], json!((module_entry && plugin.newer).then_some(true)), "{cell}: module entry");
     }

@@ -273,7 +273,7 @@ async fn inspect_runs_no_code_of_the_file() {
         "name             refused",
         "version          1.0.0",
         "capabilities     /fixtures/refused/v1",
-        "abi              2.0",
+        &format!("abi              {}", runner_sdk::abi::ABI_TEXT),
     ] {
         assert!(output.stdout.lines().any(|found| found == line), "{line}\n{}", output.stdout);
     }

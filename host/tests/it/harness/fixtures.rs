@@ -230,13 +230,8 @@ fn cargo_or_why(dir: &Path, words: &[&str]) -> Result<String, String> {
 fn run_cargo(dir: &Path, words: &[&str], variables: &[(&str, &str)]) -> Result<String, String> {
     let run = |offline: &[&str]| {
         let mut cargo = Command::new(env!("CARGO"));
-        cargo
-            .envs(variables.iter().copied())
-            .current_dir(dir)
-            .args(words)
-            .args(offline)
-            .arg("--target-dir")
-            .arg(target_dir());
+        cargo.current_dir(dir).args(words).args(offline).arg("--target-dir").arg(target_dir());
+        cargo.envs(variables.iter().copied());
         // Variables that cargo sets for the build of the test binary must not affect this build.
         for (name, _) in std::env::vars_os() {
             if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name == "CARGO_MANIFEST_DIR") {
