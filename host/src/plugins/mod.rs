@@ -346,13 +346,16 @@ impl Plugins {
         }
     }
 
-    /// Notifies every plugin that the process ends within `deadline`.
+    /// Notifies every plugin that the process ends within `deadline`, and waits that long for all of them together.
     pub async fn shutdown(&self, deadline: Duration) {
         let waits: Vec<_> = self.loaded.iter().map(|(_, plugin)| plugin.shutdown(deadline)).collect();
-        for wait in waits {
-            // A plugin that hangs uses up the deadline. All plugins share one deadline.
-            let _ = tokio::time::timeout(deadline, wait).await;
-        }
+        let all = async {
+            for wait in waits {
+                wait.await;
+            }
+        };
+        // A plugin that hangs uses up the deadline.
+        let _ = tokio::time::timeout(deadline, all).await;
     }
 
     fn plugin(&self, capability: &Capability) -> Option<&Arc<Plugin>> {
