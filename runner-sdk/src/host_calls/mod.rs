@@ -35,6 +35,8 @@ pub const PROGRESS_BYTES_MAX: usize = 64 * 1024;
 pub const EVENT_BYTES_MAX: usize = 64 * 1024;
 /// Maximum number of streams that one task may hold open.
 pub const STREAMS_MAX: usize = 64;
+/// Maximum number of calls of one task that may be in progress.
+pub const CALLS_MAX: usize = 1024;
 /// Largest piece of an input in one answer, in bytes. A runner that asks for more gets this much.
 pub const PIECE_BYTES_MAX: u64 = 1024 * 1024;
 
@@ -213,20 +215,60 @@ pub struct HostCalls<B> {
     backend: B,
     streams: Mutex<Streams>,
     over: watch::Sender<bool>,
+    /// Has one reference for each call in progress, and its own.
+    in_progress: Arc<()>,
 }
 
 #[derive(Default)]
 struct Streams {
-    open: HashMap<u64, Stream>,
+    /// `None` while it is being opened.
+    open: HashMap<u64, Option<Stream>>,
     last: u64,
 }
 
 type Shared<T> = Arc<tokio::sync::Mutex<T>>;
 
-#[derive(Clone)]
 enum Stream {
     Input(Shared<Reading>),
     Output(Shared<Option<Box<dyn Sink>>>),
+}
+
+impl Stream {
+    fn input(&self) -> Option<Shared<Reading>> {
+        if let Self::Input(reading) = self { Some(Arc::clone(reading)) } else { None }
+    }
+
+    fn output(&self) -> Option<Shared<Option<Box<dyn Sink>>>> {
+        if let Self::Output(writing) = self { Some(Arc::clone(writing)) } else { None }
+    }
+}
+
+/// A stream that is being opened. It counts as open, so that no more are opened at once than may be open.
+struct Opening<B: Backend> {
+    calls: Arc<HostCalls<B>>,
+    id: u64,
+}
+
+impl<B: Backend> Opening<B> {
+    fn input(self, source: Box<dyn Source>, kept: Option<Charge>) -> Result<u64, PortError> {
+        let reading = Reading { source, rest: Bytes::new(), _kept: kept };
+        self.opened(Stream::Input(Arc::new(tokio::sync::Mutex::new(reading))))
+    }
+
+    fn opened(self, stream: Stream) -> Result<u64, PortError> {
+        // `close` has removed it.
+        *self.calls.streams().open.get_mut(&self.id).ok_or_else(task_over)? = Some(stream);
+        Ok(self.id)
+    }
+}
+
+impl<B: Backend> Drop for Opening<B> {
+    fn drop(&mut self) {
+        let mut streams = self.calls.streams();
+        if streams.open.get(&self.id).is_some_and(Option::is_none) {
+            streams.open.remove(&self.id);
+        }
+    }
 }
 
 struct Reading {
@@ -239,7 +281,7 @@ struct Reading {
 impl<B: Backend> HostCalls<B> {
     /// Answers calls with `backend`.
     pub fn new(backend: B) -> Self {
-        Self { backend, streams: Mutex::default(), over: watch::Sender::new(false) }
+        Self { backend, streams: Mutex::default(), over: watch::Sender::new(false), in_progress: Arc::new(()) }
     }
 
     /// What moves the data.
@@ -257,6 +299,10 @@ impl<B: Backend> HostCalls<B> {
     pub fn call(self: &Arc<Self>, call: Call) -> Called {
         if *self.over.borrow() {
             return Called::Now(Err(task_over()));
+        }
+        if Arc::strong_count(&self.in_progress) > CALLS_MAX {
+            let text = format!("{CALLS_MAX} calls of this task are in progress; wait for answers first");
+            return Called::Now(Err(PortError::new(PortErrorKind::Limit, text)));
         }
         self.begin(call).unwrap_or_else(|err| Called::Now(Err(err)))
     }
@@ -304,14 +350,15 @@ impl<B: Backend> HostCalls<B> {
                     let text = format!("input_open has the flags {flags:#x}, this host knows {INPUT_KEEP:#x}");
                     return Err(PortError::new(PortErrorKind::Unsupported, text));
                 }
-                self.later(async move { calls.open(&cid, flags & INPUT_KEEP != 0).await })
+                let opening = self.opening()?;
+                self.later(async move { calls.open(&cid, flags & INPUT_KEEP != 0, opening).await })
             }
             Call::InputRead { stream, max } => {
-                let Stream::Input(reading) = self.stream(stream)? else { return Err(wrong_direction(stream)) };
+                let reading = self.stream(stream, Stream::input)?;
                 self.later(async move { calls.read(reading, max).await })
             }
             Call::InputClose { stream } => {
-                self.take(stream);
+                self.take(stream, Stream::input)?;
                 nothing()
             }
             Call::InputFile { cid } => self.later(async move {
@@ -319,22 +366,26 @@ impl<B: Backend> HostCalls<B> {
                 let file = calls.backend.materialize(&cid).await?;
                 Ok(Answer { number: 0, data: file.to_string().into() })
             }),
-            Call::InputFind { query } => self.later(async move {
-                let source = calls.backend.find(&query).await?;
-                let number = calls.add_input(source, None)?;
-                Ok(Answer { number, data: Bytes::new() })
-            }),
+            Call::InputFind { query } => {
+                let opening = self.opening()?;
+                self.later(async move {
+                    let source = calls.backend.find(&query).await?;
+                    let number = opening.input(source, None)?;
+                    Ok(Answer { number, data: Bytes::new() })
+                })
+            }
             Call::OutputOpen { path, options } => {
                 let spec = artifact_spec(path, &options)?;
+                let opening = self.opening()?;
                 self.later(async move {
                     calls.backend.make_folder()?;
                     let sink = calls.backend.create(spec).await?;
-                    let number = calls.add(Stream::Output(Arc::new(tokio::sync::Mutex::new(Some(sink)))))?;
+                    let number = opening.opened(Stream::Output(Arc::new(tokio::sync::Mutex::new(Some(sink)))))?;
                     Ok(Answer { number, data: Bytes::new() })
                 })
             }
             Call::OutputWrite { stream, data } => {
-                let Stream::Output(writing) = self.stream(stream)? else { return Err(wrong_direction(stream)) };
+                let writing = self.stream(stream, Stream::output)?;
                 self.later(async move {
                     let mut writing = writing.lock().await;
                     let sink = writing.as_mut().ok_or_else(|| wrong_direction(stream))?;
@@ -350,19 +401,17 @@ impl<B: Backend> HostCalls<B> {
                 })
             }
             Call::OutputFinish { stream } => {
-                let Some(Stream::Output(writing)) = self.take(stream) else { return Err(wrong_direction(stream)) };
+                let writing = self.take(stream, Stream::output)?;
                 self.later(async move {
                     let sink = writing.lock().await.take().ok_or_else(|| wrong_direction(stream))?;
                     Ok(published(sink.finish().await?))
                 })
             }
             Call::OutputAbort { stream } => {
-                let taken = self.take(stream);
+                let writing = self.take(stream, Stream::output)?;
                 self.later(async move {
-                    if let Some(Stream::Output(writing)) = taken {
-                        if let Some(sink) = writing.lock().await.take() {
-                            sink.abort().await;
-                        }
+                    if let Some(sink) = writing.lock().await.take() {
+                        sink.abort().await;
                     }
                     Ok(Answer::default())
                 })
@@ -374,20 +423,15 @@ impl<B: Backend> HostCalls<B> {
         })
     }
 
-    async fn open(&self, cid: &str, keep: bool) -> Answered {
+    async fn open(&self, cid: &str, keep: bool, opening: Opening<B>) -> Answered {
         let source = self.backend.open(cid).await?;
         let kept = match keep {
             true => Some(self.backend.budget().reserve(source.size().unwrap_or(0)).await.map_err(over_budget)?),
             false => None,
         };
         let data = source.meta().to_string().into();
-        let number = self.add_input(source, kept)?;
+        let number = opening.input(source, kept)?;
         Ok(Answer { number, data })
-    }
-
-    fn add_input(&self, source: Box<dyn Source>, kept: Option<Charge>) -> Result<u64, PortError> {
-        let reading = Reading { source, rest: Bytes::new(), _kept: kept };
-        self.add(Stream::Input(Arc::new(tokio::sync::Mutex::new(reading))))
     }
 
     async fn read(&self, reading: Shared<Reading>, max: u64) -> Answered {
@@ -406,8 +450,9 @@ impl<B: Backend> HostCalls<B> {
 
     /// The answer of `work`, or `TaskOver` when the calls are closed first.
     fn later(&self, work: impl Future<Output = Answered> + Send + 'static) -> Called {
-        let mut over = self.over.subscribe();
+        let (mut over, in_progress) = (self.over.subscribe(), Arc::clone(&self.in_progress));
         Called::Later(Box::pin(async move {
+            let _in_progress = in_progress;
             let (mut over, mut work) = (pin!(over.wait_for(|over| *over)), pin!(work));
             poll_fn(|cx| {
                 // An error means that the calls were dropped, so the task is over as well.
@@ -432,29 +477,31 @@ impl<B: Backend> HostCalls<B> {
         self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, stream: Stream) -> Result<u64, PortError> {
+    fn opening(self: &Arc<Self>) -> Result<Opening<B>, PortError> {
         let mut streams = self.streams();
-        // `close` has set this before it clears the streams.
-        if *self.over.borrow() {
-            return Err(task_over());
-        }
         if streams.open.len() >= STREAMS_MAX {
             let text = format!("{STREAMS_MAX} inputs and outputs are open already; close some first");
             return Err(PortError::new(PortErrorKind::Limit, text));
         }
         streams.last += 1;
         let id = streams.last;
-        streams.open.insert(id, stream);
-        Ok(id)
+        streams.open.insert(id, None);
+        Ok(Opening { calls: Arc::clone(self), id })
     }
 
-    fn stream(&self, id: u64) -> Result<Stream, PortError> {
-        let found = self.streams().open.get(&id).cloned();
-        found.ok_or_else(|| bad_request(format!("stream {id} is not open")))
+    /// An open stream of the wanted direction.
+    fn stream<T>(&self, id: u64, wanted: fn(&Stream) -> Option<T>) -> Result<T, PortError> {
+        match self.streams().open.get(&id) {
+            Some(Some(stream)) => wanted(stream).ok_or_else(|| wrong_direction(id)),
+            _ => Err(bad_request(format!("stream {id} is not open"))),
+        }
     }
 
-    fn take(&self, id: u64) -> Option<Stream> {
-        self.streams().open.remove(&id)
+    /// The same. The stream is no longer open.
+    fn take<T>(&self, id: u64, wanted: fn(&Stream) -> Option<T>) -> Result<T, PortError> {
+        let taken = self.stream(id, wanted)?;
+        // Of two callers only one gets it.
+        self.streams().open.remove(&id).map(|_| taken).ok_or_else(|| bad_request(format!("stream {id} is not open")))
     }
 }
 
