@@ -18,8 +18,11 @@
  * - A call with a reply answers exactly once, from any thread: also on the calling thread, before the call returns.
  * - The answer may come after complete(): calls in progress then answer RUNNER_STALE. Keep `user` until the answer.
  * - reply may be NULL: no answer is wanted. The call is made all the same.
- * - You may make calls inside a reply. Answers are nested at most 16 deep on a thread; a deeper one comes on another
- *   thread.
+ * - You may make calls inside a reply and inside a release. These are nested at most 16 deep on a thread; a deeper
+ *   one comes on another thread.
+ * - At most 1024 calls of a task may be in progress. The next one answers RUNNER_LIMIT.
+ * - An instance for which 65536 answers wait gets no more answers and no more tasks. Only calls that multiply
+ *   without end lead there.
  *
  * Threads
  * - The host calls the entries and replies of one instance one after the other. When one does not return within some
@@ -34,8 +37,10 @@
  *
  * Values
  * - runner_str and the request structs are borrowed for the call: copy what you keep.
- * - runner_bytes changes its owner: call release(owner) once when done, unless release is NULL.
- * - Texts are UTF-8. A NULL pointer with a length, or a length above PTRDIFF_MAX, is refused and not read.
+ * - runner_bytes changes its owner: call release(owner) once when done, unless release is NULL. The host calls it in
+ *   the call that passed the bytes, or as it calls a reply.
+ * - Texts are UTF-8 and at most 1 MiB. Those of log and complete may be longer and are cut.
+ * - A NULL pointer with a length, or a length above 2^48, is refused and not read.
  * - Let no C++ exception and no longjmp leave an entry or a reply.
  *
  * Growth
@@ -173,7 +178,7 @@ typedef struct {
    * UINT64_MAX; the data is {"lease_ms", "limit_ms"}. Heartbeats extend the lease. */
   void (*time_left)(runner_host_word host, runner_task task, runner_callback reply, void *user);
   /* Creates the task's directory again if it was removed. It exists when start is called. Answers on the calling
-   * thread, before it returns. */
+   * thread, before it returns, unless that is nested more than 32 deep. */
   void (*task_dir)(runner_host_word host, runner_task task, runner_callback reply, void *user);
   /* Opens an input. flags is 0 or RUNNER_INPUT_KEEP. The number is the stream; the data is
    * {"cid", "data_id", "name", "data_type", "domain_id", "size"}. */

@@ -23,7 +23,19 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(5);
 /// A call that takes longer than this is worth a warning. On a busy machine any call can take a few milliseconds.
 const SLOW: Duration = Duration::from_millis(50);
 
-type Job = (&'static str, Box<dyn FnOnce() + Send>);
+/// Maximum number of calls that wait when an answer is added. A plugin that makes two calls in each answer would
+/// otherwise fill the memory.
+const WAITING_MAX: usize = 65_536;
+
+/// Maximum number of calls that have not returned. Each keeps a thread, so later calls wait.
+const HANGING_MAX: usize = 1024;
+
+struct Job {
+    entry: &'static str,
+    run: Box<dyn FnOnce() + Send>,
+    /// An answer or a release. The plugin decides how many there are.
+    is_reply: bool,
+}
 
 /// Calls that have not returned for [`SLOW`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -71,8 +83,11 @@ struct Shared {
 }
 
 struct State {
-    // The queue is unbounded. Every job answers a call or belongs to a task, and both of these are bounded.
+    /// Answers and releases are bounded by [`WAITING_MAX`]. All other jobs belong to a task or to the node, and both
+    /// are few.
     queue: VecDeque<Job>,
+    /// Too many answers waited. The plugin gets no answer any more.
+    flooded: bool,
     open: bool,
     /// Identifies the leading thread. A thread that returns from a call and finds another number ends.
     lead: u64,
@@ -108,6 +123,7 @@ impl Dispatcher {
     fn new(plugin: Arc<str>, watch_interval: Duration) -> Self {
         let state = State {
             queue: VecDeque::new(),
+            flooded: false,
             open: true,
             lead: 0,
             // The leading thread counts as waiting. Its first call needs no watch.
@@ -161,11 +177,34 @@ impl Dispatcher {
         }
     }
 
+    /// Whether the plugin caused more answers and releases than it took.
+    pub(super) fn is_flooded(&self) -> bool {
+        self.0.0.state().flooded
+    }
+
+    /// Like [`Dispatcher::run`], for answers and releases. When too many wait, this one, all that wait and all later
+    /// ones are dropped. Thus the plugin's calls end.
+    pub(super) fn offer(&self, entry: &'static str, job: impl FnOnce() + Send + 'static) {
+        let mut state = self.0.0.state();
+        if !state.flooded && state.queue.len() < WAITING_MAX {
+            return self.push(state, Job { entry, run: Box::new(job), is_reply: true });
+        }
+        state.flooded = true;
+        let (replies, others) = state.queue.drain(..).partition(|job| job.is_reply);
+        state.queue = others;
+        drop(state);
+        // Outside the lock: an answer may hold anything.
+        drop::<VecDeque<Job>>(replies);
+    }
+
     /// Runs `job` on the leading thread, after the earlier jobs.
-    pub(super) fn run(&self, what: &'static str, job: impl FnOnce() + Send + 'static) {
+    pub(super) fn run(&self, entry: &'static str, job: impl FnOnce() + Send + 'static) {
+        self.push(self.0.0.state(), Job { entry, run: Box::new(job), is_reply: false });
+    }
+
+    fn push(&self, mut state: MutexGuard<'_, State>, job: Job) {
         let shared = &self.0.0;
-        let mut state = shared.state();
-        state.queue.push_back((what, Box::new(job)));
+        state.queue.push_back(job);
         if state.idle {
             state.idle = false;
             drop(state);
@@ -234,13 +273,13 @@ impl Shared {
     fn lead(&self, own: u64) {
         let mut state = self.state();
         while state.lead == own {
-            if let Some((what, job)) = state.queue.pop_front() {
+            if let Some(Job { entry, run, .. }) = state.queue.pop_front() {
                 state.begun += 1;
                 let (number, since) = (state.begun, Instant::now());
-                state.calls.push(Call { number, entry: what, since });
+                state.calls.push(Call { number, entry, since });
                 drop(state);
-                job();
-                self.returned(what, since);
+                run();
+                self.returned(entry, since);
                 state = self.state();
                 let at = state.calls.iter().position(|call| call.number == number);
                 state.calls.remove(at.expect("only its own thread removes a call"));
@@ -269,7 +308,7 @@ impl Shared {
             drop(state);
             std::thread::sleep(self.watch_interval);
             state = self.state();
-            if state.begun != seen {
+            if state.begun != seen || state.calls.len() >= HANGING_MAX {
                 continue;
             }
             if !state.queue.is_empty() {
@@ -367,6 +406,61 @@ mod tests {
         assert!(found.entry == "start" && found.longest > SLOW, "{found:?}");
         drop(release);
         until(0);
+    }
+
+    #[test]
+    fn number_of_hanging_calls_is_bounded() {
+        let dispatcher = Dispatcher::new("test".into(), Duration::ZERO);
+        dispatcher.lead().expect("a thread");
+        let (release, hanging) = mpsc::channel::<()>();
+        let hanging = Arc::new(Mutex::new(hanging));
+        let (report_call, calls_made) = mpsc::channel();
+        for _ in 0..HANGING_MAX + 5 {
+            let (hanging, report_call) = (Arc::clone(&hanging), report_call.clone());
+            dispatcher.run("start", move || {
+                report_call.send(()).expect("the test listens");
+                assert!(hanging.lock().expect("not poisoned").recv().is_err());
+            });
+        }
+        for _ in 0..HANGING_MAX {
+            calls_made.recv_timeout(LIMIT).expect("called while others hang");
+        }
+        assert!(calls_made.recv_timeout(4 * SLOW).is_err(), "one more call has a thread");
+        drop(release);
+        for _ in 0..5 {
+            calls_made.recv_timeout(LIMIT).expect("called after others have returned");
+        }
+    }
+
+    #[test]
+    fn flood_drops_answers_and_keeps_other_calls() {
+        let dispatcher = dispatcher();
+        let (report_call, calls_made) = mpsc::channel();
+        let offer = |dispatcher: &Dispatcher| {
+            let report_call = report_call.clone();
+            dispatcher.offer("callback", move || report_call.send("answer").expect("the test listens"));
+        };
+        {
+            // No thread makes calls while the queue fills.
+            let mut state = dispatcher.0.0.state();
+            state.lead += 1;
+            state.idle = false;
+            state.watcher = Watcher::Awake;
+        }
+        for _ in 0..WAITING_MAX - 1 {
+            offer(&dispatcher);
+        }
+        let started = report_call.clone();
+        dispatcher.run("start", move || started.send("start").expect("the test listens"));
+        assert!(!dispatcher.is_flooded());
+        offer(&dispatcher);
+        offer(&dispatcher);
+        assert!(dispatcher.is_flooded());
+        let own = dispatcher.0.0.state().lead;
+        dispatcher.0.0.thread(move |shared| shared.lead(own)).expect("a thread");
+        assert_eq!(calls_made.recv_timeout(LIMIT), Ok("start"));
+        drop((dispatcher, report_call));
+        assert!(calls_made.recv_timeout(LIMIT).is_err(), "an answer came");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{
     cell::Cell,
     ffi::c_void,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, LazyLock},
+    sync::{Arc, LazyLock, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -23,6 +23,7 @@ use tracing::error;
 
 use super::{
     InstallError,
+    dispatch::Dispatcher,
     executor::Request,
     handles::HandleTable,
     held_bytes::{Holding, TaskBytes},
@@ -31,14 +32,22 @@ use super::{
 };
 use crate::model::TaskId;
 
-/// Number of answers that may be given inside one another on one thread. The next one goes to another thread. A plugin
-/// may make a call in each answer, and its stack is limited.
-const NESTED_ANSWERS_MAX: u32 = 16;
+/// Number of calls into plugins that may be inside one another on one thread. The next one goes to another thread. A
+/// plugin may make a call in each answer and each release, and its stack is limited.
+const NESTED_MAX: u32 = 16;
+/// The same for the answers of `task_dir`, which come before it returns.
+const NESTED_FOLDERS_MAX: u32 = 2 * NESTED_MAX;
+/// Largest text of a call, in bytes. Larger ones are refused and not copied.
+const TEXT_BYTES_MAX: usize = 1 << 20;
+/// No plugin has more memory in one piece. The sum of all calls in progress must fit into 63 bits.
+const MEMORY_BYTES_MAX: usize = 1 << 48;
 
 /// Every instance of every node in this process, by host word. A plugin may pass any number, so the number is looked
 /// up and never used as an address.
 static HOSTS: HandleTable<Instance> = HandleTable::new();
 static API: LazyLock<HostRef> = LazyLock::new(|| abi::publish_host(TABLE));
+/// Makes nested calls for host words that name no instance. `None` until it is needed.
+static STALE: Mutex<Option<Dispatcher>> = Mutex::new(None);
 
 /// Every running task, with the name of its plugin.
 pub(super) fn running() -> Vec<(Arc<str>, TaskId)> {
@@ -230,6 +239,9 @@ struct Foreign {
     bytes: abi::Bytes,
     /// Counts the bytes for their task.
     held: Option<Holding>,
+    /// Releases the bytes. `None` while they are on the thread that handed them over. Another thread is the host's,
+    /// and a `release` that hangs must not block it.
+    dispatcher: Option<Dispatcher>,
 }
 
 // SAFETY: the contract of `Bytes` allows reading and releasing from any thread. Nothing is written.
@@ -239,7 +251,7 @@ impl Foreign {
     /// # Safety
     /// `bytes` must be complete, and nobody else may release it.
     unsafe fn new(bytes: abi::Bytes) -> Self {
-        Self { bytes, held: None }
+        Self { bytes, held: None, dispatcher: None }
     }
 
     /// The bytes, if they can be bytes at all.
@@ -257,9 +269,17 @@ impl AsRef<[u8]> for Foreign {
 
 impl Drop for Foreign {
     fn drop(&mut self) {
-        if let Some(release) = self.bytes.release {
+        let Some(release) = self.bytes.release else { return };
+        let (owner, held) = (User(self.bytes.owner), self.held.take());
+        let release = move || {
+            let owner = owner;
             // SAFETY: the caller of `new` guaranteed that nobody else releases the bytes.
-            unsafe { release(self.bytes.owner) };
+            unsafe { release(owner.0) };
+            drop(held);
+        };
+        match &self.dispatcher {
+            Some(dispatcher) => dispatcher.offer("release", release),
+            None => run_here(NESTED_MAX, None, "release", release),
         }
     }
 }
@@ -272,7 +292,7 @@ unsafe fn readable<'a>(ptr: *const u8, len: usize) -> Result<&'a [u8], PortError
     if len == 0 {
         return Ok(&[]);
     }
-    if ptr.is_null() || isize::try_from(len).is_err() {
+    if ptr.is_null() || len > MEMORY_BYTES_MAX {
         let text = format!("the plugin passed {len} bytes at the address {:#x}, which no memory has", ptr.addr());
         return Err(PortError::new(PortErrorKind::BadRequest, text));
     }
@@ -305,13 +325,17 @@ fn lend(text: &str) -> Str {
     Str { ptr: text.as_ptr(), len: text.len() }
 }
 
-/// Copies a text that a plugin lent for the duration of its call.
+/// Copies a text that a plugin lent for the duration of its call. Refuses a text above [`TEXT_BYTES_MAX`].
 ///
 /// # Safety
 /// `text` must point to `len` readable bytes.
 unsafe fn copy(text: Str) -> Result<String, PortError> {
     // SAFETY: the caller guarantees it.
     let bytes = unsafe { readable(text.ptr, text.len) }?;
+    if bytes.len() > TEXT_BYTES_MAX {
+        let text = format!("the plugin passed a text of {} bytes, at most {TEXT_BYTES_MAX} are allowed", bytes.len());
+        return Err(PortError::new(PortErrorKind::Limit, text));
+    }
     match std::str::from_utf8(bytes) {
         Ok(text) => Ok(text.to_owned()),
         Err(_) => Err(PortError::new(PortErrorKind::BadRequest, "the plugin passed text that is not UTF-8")),
@@ -334,38 +358,53 @@ unsafe fn copy_lossy(text: Str, max: usize) -> String {
 // Answers.
 
 thread_local! {
-    /// Number of answers that this thread is inside of.
+    /// Number of calls into plugins that this thread is inside of.
     static NESTED: Cell<u32> = const { Cell::new(0) };
 }
 
 /// Calls a plugin back. For each call with a callback this happens exactly once.
-fn reply_now(to: ReplyTo, answer: Answered, task: Option<&Arc<TaskBytes>>) {
+fn reply(to: ReplyTo, answer: Answered, task: Option<&Arc<TaskBytes>>) {
     let Some((call, user)) = to else { return };
     let (status, number, data) = match answer {
         Ok(Answer { number, data }) => (Status::OK, number, data),
         Err(err) => (status_of(err.kind()), 0, Bytes::from(err.to_string())),
     };
-    NESTED.set(NESTED.get() + 1);
     // SAFETY: `call` and `user` came in one call and are used only once, here. The plugin becomes the owner of `data`.
     unsafe { call(user.0, status, number, hand_over(data, task)) };
-    NESTED.set(NESTED.get() - 1);
 }
 
-/// Answers on the calling thread, unless it is inside too many answers.
-fn reply_here(to: ReplyTo, answer: Answered, instance: Option<&Arc<Instance>>, task: Option<&Arc<TaskBytes>>) {
-    if to.is_none() {
-        return;
+/// Calls into a plugin on the calling thread, unless that is inside `nested_max` such calls.
+fn run_here(
+    nested_max: u32,
+    instance: Option<&Arc<Instance>>,
+    entry: &'static str,
+    job: impl FnOnce() + Send + 'static,
+) {
+    let nested = NESTED.get();
+    if nested < nested_max {
+        NESTED.set(nested + 1);
+        job();
+        return NESTED.set(nested);
     }
-    if NESTED.get() < NESTED_ANSWERS_MAX {
-        return reply_now(to, answer, task);
-    }
-    let task = task.cloned();
-    let reply = move || reply_now(to, answer, task.as_ref());
+    // The job may call here again.
+    let job = move || run_here(u32::MAX, None, entry, job);
     match instance {
-        Some(instance) => instance.dispatcher.run("callback", reply),
-        // Nobody else answers for an instance that does not exist. Not joined: it ends with the callback.
-        None => drop(std::thread::Builder::new().name("plugin-stale".to_owned()).spawn(reply)),
+        Some(instance) => instance.dispatcher.offer(entry, job),
+        None => {
+            // Without a thread nobody can run it. The plugin broke the rules, so the host goes on without it.
+            if let Some(dispatcher) = stale() {
+                dispatcher.offer(entry, job);
+            }
+        }
     }
+}
+
+fn stale() -> Option<Dispatcher> {
+    let mut stale = STALE.lock().unwrap_or_else(PoisonError::into_inner);
+    if stale.is_none() {
+        *stale = Dispatcher::start("stale".into()).ok();
+    }
+    stale.clone()
 }
 
 /// An answer that a plugin must get exactly once. It is also sent when its work panicked or the runtime ended.
@@ -380,7 +419,8 @@ impl PendingAnswer {
         let to = self.to.take();
         if to.is_some() {
             let bytes = Arc::clone(&self.bytes);
-            self.instance.dispatcher.run("callback", move || reply_now(to, answer, Some(&bytes)));
+            let reply = move || run_here(u32::MAX, None, "callback", move || reply(to, answer, Some(&bytes)));
+            self.instance.dispatcher.offer("callback", reply);
         }
     }
 }
@@ -406,17 +446,32 @@ fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
 
 /// Makes a call for a task, and answers it.
 fn call(host: HostWord, task: Task, reply: Callback, user: *mut c_void, make: impl FnOnce(&Running) -> MadeCall) {
-    let to = reply_to(reply, user);
-    let Some(instance) = HOSTS.get(host.0) else { return reply_here(to, Err(task_over()), None, None) };
-    let Some(running) = instance.tasks.get(task.0) else {
-        return reply_here(to, Err(task_over()), Some(&instance), None);
+    call_nested(NESTED_MAX, host, task, reply_to(reply, user), |_, running| make(running));
+}
+
+/// The same. The answer comes on the calling thread, unless that is inside `nested_max` calls into plugins.
+fn call_nested(
+    nested_max: u32,
+    host: HostWord,
+    task: Task,
+    to: ReplyTo,
+    make: impl FnOnce(&Instance, &Running) -> MadeCall,
+) {
+    let answer_here = |to: ReplyTo, answer, instance: Option<&Arc<Instance>>, bytes: Option<Arc<TaskBytes>>| {
+        if to.is_some() {
+            run_here(nested_max, instance, "callback", move || reply(to, answer, bytes.as_ref()));
+        }
     };
-    let called = guarded(|| match make(&running) {
+    let Some(instance) = HOSTS.get(host.0) else { return answer_here(to, Err(task_over()), None, None) };
+    let Some(running) = instance.tasks.get(task.0) else {
+        return answer_here(to, Err(task_over()), Some(&instance), None);
+    };
+    let called = guarded(|| match make(&instance, &running) {
         Ok(call) => running.calls.call(call),
         Err(err) => Called::Now(Err(err)),
     });
     match called.unwrap_or_else(|| Called::Now(Err(host_failed()))) {
-        Called::Now(answer) => reply_here(to, answer, Some(&instance), Some(&running.bytes)),
+        Called::Now(answer) => answer_here(to, answer, Some(&instance), Some(Arc::clone(&running.bytes))),
         Called::Later(work) => {
             let mut pending = PendingAnswer { instance, bytes: Arc::clone(&running.bytes), to };
             let work = async move {
@@ -522,11 +577,9 @@ unsafe extern "C" fn time_left(host: HostWord, task: Task, reply: Callback, user
 }
 
 unsafe extern "C" fn task_dir(host: HostWord, task: Task, reply: Callback, user: *mut c_void) {
-    // Always answered before it returns: the caller is a thread of the plugin. It would create the directory itself
-    // and wait as long.
-    let nested = NESTED.replace(0);
-    call(host, task, reply, user, |_| Ok(Call::TaskDir));
-    NESTED.set(nested);
+    // Answered before it returns: the caller is a thread of the plugin. It would create the directory itself and wait
+    // as long.
+    call_nested(NESTED_FOLDERS_MAX, host, task, reply_to(reply, user), |_, _| Ok(Call::TaskDir));
 }
 
 unsafe extern "C" fn input_open(host: HostWord, task: Task, cid: Str, flags: u64, reply: Callback, user: *mut c_void) {
@@ -574,9 +627,10 @@ unsafe extern "C" fn output_write(
 ) {
     // SAFETY: handed over by this call.
     let mut data = unsafe { Foreign::new(data) };
-    call(host, task, reply, user, |running| {
+    call_nested(NESTED_MAX, host, task, reply_to(reply, user), |instance, running| {
         let len = data.slice()?.len();
         data.held = Some(running.bytes.hold(len));
+        data.dispatcher = Some(instance.dispatcher.clone());
         Ok(Call::OutputWrite { stream, data: Bytes::from_owner(data) })
     });
 }

@@ -63,6 +63,15 @@ impl<T> HandleTable<T> {
         found
     }
 
+    /// Retires a handle. When it names nothing, the call is counted as stale.
+    pub(super) fn take(&self, handle: u64) -> Option<Arc<T>> {
+        let taken = self.remove(handle);
+        if taken.is_none() {
+            self.stale.fetch_add(1, Ordering::Relaxed);
+        }
+        taken
+    }
+
     /// Everything live at the time of the call.
     pub(super) fn all(&self) -> Vec<Arc<T>> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);

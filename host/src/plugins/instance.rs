@@ -197,9 +197,10 @@ impl Instance {
 
     /// The plugin has ended a task. The handle is retired at once: all later calls for the task are stale.
     pub(super) fn complete(&self, task: Task, completion: Completion) -> Status {
-        let running = self.tasks.get(task.0);
-        self.tasks.remove(task.0);
-        let waiting = running.and_then(|running| running.ended.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let waiting = self
+            .tasks
+            .take(task.0)
+            .and_then(|running| running.ended.lock().unwrap_or_else(PoisonError::into_inner).take());
         // The receiver is gone when the task was abandoned as stuck.
         if waiting.is_some_and(|waiting| waiting.send(completion).is_ok()) {
             return Status::OK;

@@ -113,6 +113,7 @@ impl Plugin {
     /// Checks for hanging calls.
     pub(super) fn review(&self, events: &NodeEvents) -> Changes {
         let hanging = self.instance.dispatcher.hanging();
+        self.instance.faults.check_flooded(self.instance.dispatcher.is_flooded());
         self.instance.faults.check_hanging(hanging, self.slots_max);
         let out_of_service = self.instance.faults.out_of_service().is_some();
         if out_of_service {

@@ -78,6 +78,15 @@ impl Faults {
         }
     }
 
+    /// Takes the plugin out of service after it flooded its dispatcher: it did not get all answers.
+    pub(super) fn check_flooded(&self, is_flooded: bool) {
+        if is_flooded {
+            self.take_out_of_service(
+                "it makes calls faster than it takes their answers; fix the plugin and restart the node".to_owned(),
+            );
+        }
+    }
+
     /// Takes the plugin out of service when more of its calls hang than `slots` plus `HANGING_SPARE`.
     pub(super) fn check_hanging(&self, hanging: Hanging, slots: usize) {
         if hanging.calls > slots.saturating_add(HANGING_SPARE) {

@@ -21,7 +21,8 @@
 //!
 //! # Start and complete
 //! Host entries return at once and answer through a [`Callback`], exactly once, from any thread, also the calling one.
-//! Exceptions: `cancelled`, `log` and `complete` have no callback. `task_dir` answers before it returns.
+//! Exceptions: `cancelled`, `log` and `complete` have no callback. `task_dir` answers before it returns. Answers inside
+//! one another are limited, see the header.
 //! `start` returns at once too. The plugin answers with exactly one `complete`, from any thread.
 //! The host makes the calls of one instance one after the other. If one does not return within some milliseconds, the
 //! next one comes on another thread.
