@@ -28,6 +28,7 @@ mod faults;
 mod foreign_plugins;
 mod harness;
 mod heartbeats;
+mod hostile;
 mod inputs;
 
 mod lease_life;
