@@ -51,6 +51,9 @@
  *   Read a field that says "since" only if RUNNER_REACHES(request, field).
  * - If your plugin cannot work without an appended entry, put "min_abi":"2.N" into the manifest. An older host then
  *   refuses the plugin when it loads it.
+ * - "wants":["token"] in the manifest: a host refuses the plugin when it loads it, unless plugins.toml grants the token.
+ *   Unknown words are ignored. "requires":["word"]: a host that does not know the word refuses the plugin.
+ *   Hosts ignore all other keys.
  * - Of runner_module, the entries of RUNNER_MODULE_NEEDED are mandatory: create, start, cancel and shutdown. All
  *   others are optional, and so is every entry that a later version appends. NULL counts as missing.
  *   Initialise the table with names ({.create = create}), or leave later entries out: they are then NULL.

@@ -38,6 +38,8 @@ pub(super) trait Executor: Send + Sync {
     fn start(&self, request: Request, backend: TaskBackend) -> Run;
     /// Tells the runner that its task should stop.
     fn cancel(&self, task: Task);
+    /// Tells the plugin the most verbose level that it should send.
+    fn set_log_level(&self, level: u32);
     /// Ends the instance. No task is running. The future waits until the plugin has ended it.
     fn shutdown(&self, deadline: Duration) -> BoxFuture<'static, ()>;
 }
@@ -48,15 +50,6 @@ pub(super) struct InProcess {
     pub(super) entries: Entries,
     /// The plugin's number for the instance.
     pub(super) number: abi::Instance,
-}
-
-impl InProcess {
-    /// Changes the most verbose level that the plugin should send.
-    pub(super) fn set_log_level(&self, level: u32) {
-        self.instance.set_log_level(level);
-        let (entries, number) = (self.entries, self.number);
-        self.instance.dispatcher.run("log_level", move || entries.log_level(number, level));
-    }
 }
 
 impl Executor for InProcess {
@@ -70,6 +63,12 @@ impl Executor for InProcess {
     fn cancel(&self, task: Task) {
         let (entries, number) = (self.entries, self.number);
         self.instance.dispatcher.run("cancel", move || entries.cancel(number, task));
+    }
+
+    fn set_log_level(&self, level: u32) {
+        self.instance.set_log_level(level);
+        let (entries, number) = (self.entries, self.number);
+        self.instance.dispatcher.run("log_level", move || entries.log_level(number, level));
     }
 
     fn shutdown(&self, deadline: Duration) -> BoxFuture<'static, ()> {

@@ -68,7 +68,7 @@ pub(super) struct TaskData {
 /// A loaded plugin.
 pub(super) struct Plugin {
     instance: Arc<Instance>,
-    executor: InProcess,
+    executor: Box<dyn Executor>,
     grant_token: bool,
     slots: Semaphore,
     slots_max: usize,
@@ -99,7 +99,7 @@ impl Plugin {
     pub(super) fn new(loaded: Loaded, grant_token: bool, slots: usize) -> Self {
         let Loaded { instance, published, entries, number, rust } = loaded;
         Self {
-            executor: InProcess { instance: Arc::clone(&instance), entries, number },
+            executor: Box::new(InProcess { instance: Arc::clone(&instance), entries, number }),
             instance,
             grant_token,
             slots: Semaphore::new(slots),
@@ -234,7 +234,8 @@ impl Plugin {
                             self.slots.close();
                         }
                         drop(slot);
-                        return Outcome::of_cancel(held_lease.cancel.reason().unwrap_or(CancelReason::Operator));
+                        let reason = held_lease.cancel.reason();
+                        return Outcome::of_cancel(reason.expect("the signal has its reason for good"));
                     }
                 }
             }
