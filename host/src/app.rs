@@ -1,6 +1,12 @@
 //! The composition root: builds every module in order, then starts them.
 
-use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
 
 use anyhow::Context;
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
@@ -55,6 +61,7 @@ pub struct Node {
     disk: Disk,
     control: Control,
     plugins: Arc<Plugins>,
+    state_dir: PathBuf,
 }
 
 impl Node {
@@ -72,6 +79,7 @@ impl Node {
         // Connections that wait for a request must not use up the descriptors that tasks need.
         let http = transport::Config { idle_at_most: files / 8, ..http };
         let state = StateDir::claim(&outbox.state_dir, CLAIM_PATIENCE).await.context("STATE_DIR cannot be used")?;
+        let state_dir = state.path().to_owned();
         let scratch = Scratch::open(storage.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
         let control = Control::start().context("start the control thread")?;
         // The pages, the outbox and the data transfers need files too.
@@ -197,6 +205,7 @@ impl Node {
             disk,
             control,
             plugins,
+            state_dir,
         })
     }
 
@@ -204,6 +213,12 @@ impl Node {
     #[must_use]
     pub fn address(&self) -> Option<SocketAddr> {
         self.pages.as_ref().and_then(|pages| pages.address().ok())
+    }
+
+    /// The state folder of the node.
+    #[must_use]
+    pub fn state_dir(&self) -> &Path {
+        &self.state_dir
     }
 
     /// A live view of the node.
@@ -376,7 +391,7 @@ async fn keep_open(mut socket: ControlSocket, outbox: Outbox, events: NodeEvents
 }
 
 #[cfg(unix)]
-fn no_control_socket(folder: &std::path::Path, err: &std::io::Error) {
+fn no_control_socket(folder: &Path, err: &std::io::Error) {
     warn!(event = "control.no_socket", state_dir = %folder.display(), error = %err, "control socket cannot be created, commands do not reach this node");
 }
 

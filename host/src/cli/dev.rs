@@ -243,6 +243,9 @@ fn greeting(
     if let Some(address) = node.and_then(Node::address) {
         row("node pages", format!("http://{address}/status.json"));
     }
+    if let Some(node) = node {
+        row("node state", format!("{} (--state-dir of cancel and outbox)", node.state_dir().display()));
+    }
     if let Some(plugins) = plugins {
         let served: Vec<String> = plugins.capabilities().iter().map(ToString::to_string).collect();
         row("serving", if served.is_empty() { "nothing: no plugin is loaded".to_owned() } else { served.join(" ") });

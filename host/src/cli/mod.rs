@@ -91,7 +91,7 @@ enum Command {
     /// Show and check the configuration of a node
     #[command(subcommand)]
     Config(config::Command),
-    /// End a running or waiting task; it is reported as failed, not retryable
+    /// End a running or waiting task; it is reported as failed, with the advice not to retry it
     Cancel(cancel::Args),
     /// List, retry or drop reports that the control plane has not accepted yet
     #[command(subcommand)]

@@ -46,7 +46,7 @@ pub use lease::{
 pub use line::in_a_line;
 pub use millis::millis;
 pub use outcome::{LeaseKeeper, Outcome, OutcomeWord, SetupStage, TaskResult, Timings};
-pub(crate) use outcome::{holds_token, redact};
+pub(crate) use outcome::{holds_token, redact, redact_json};
 pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
 pub use progress_queue::{Pending, ProgressError, ProgressQueue};
 pub use readiness::{NotReady, NotReadyReason, Readiness, ReadyWhen};

@@ -279,6 +279,18 @@ pub(crate) fn redact(text: &mut String, tokens: &[Token]) {
     }
 }
 
+/// Removes these tokens from a text that is JSON, or that is not. JSON may write any character of a token as an escape.
+pub(crate) fn redact_json(json: &mut String, tokens: &[Token]) {
+    if tokens.is_empty() {
+        return;
+    }
+    if let Ok(mut value) = serde_json::from_str(json) {
+        clean_value(&mut value, &|text: &mut String| redact(text, tokens));
+        *json = value.to_string();
+    }
+    redact(json, tokens);
+}
+
 /// The length of the common beginning.
 fn common_bytes(a: &str, b: &str) -> usize {
     a.chars().zip(b.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum()

@@ -210,7 +210,7 @@ impl PluginsFile {
         let same_name = |entry: &&Entry| entry.settings.name == settings.name;
         let mut alike = self.entries.iter().filter(same_name);
         match alike.clone().find(|entry| entry.file == file).or_else(|| alike.next()) {
-            Some(other) if other.file == file => {
+            Some(other) if other.file == file && settings.name.is_none() => {
                 return Err(format!("{location}is listed twice; keep one entry, or give each its own name"));
             }
             Some(other) if settings.name.is_some() => {
@@ -425,7 +425,8 @@ mod tests {
         };
         let same = "[[plugin]] \"a\" is listed twice; keep one entry, or give each its own name";
         assert_eq!(twice("", "").expect_err("a mistake"), same);
-        assert_eq!(twice("name = \"x\"", "name = \"x\"").expect_err("a mistake"), same);
+        let taken = "[[plugin]] \"a\" name: \"a\" has this name already; choose another";
+        assert_eq!(twice("name = \"x\"", "name = \"x\"").expect_err("a mistake"), taken);
         assert_eq!(twice("", "name = \"x\"").expect("different names").entries.len(), 2);
         let other = problem("[[plugin]]\nfile = \"a\"\nname = \"x\"\n[[plugin]]\nfile = \"b\"\nname = \"x\"");
         assert_eq!(other, "[[plugin]] \"b\" name: \"a\" has this name already; choose another");

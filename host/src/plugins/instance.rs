@@ -27,7 +27,7 @@ use super::{
     stuck::Faults,
     text::{self, LOG_FIELDS_BYTES_MAX},
 };
-use crate::model::redact;
+use crate::model::{redact, redact_json};
 
 /// Time an ended task has to release its bytes before a warning is logged.
 const RELEASE_GRACE: Duration = Duration::from_secs(1);
@@ -160,7 +160,7 @@ impl Instance {
 
     /// Writes a line of the plugin to the node's log.
     pub(super) fn log(&self, task: Task, line: LogLine) {
-        let LogLine { level, target, mut text, fields } = line;
+        let LogLine { level, mut target, mut text, mut fields } = line;
         if level.max(1) > self.log_level() {
             return;
         }
@@ -171,9 +171,10 @@ impl Instance {
             Some(running) => running.calls.backend().bearers(),
             None => self.tasks.all().iter().flat_map(|running| running.calls.backend().bearers()).collect(),
         };
-        let mut fields = text::bounded_fields(fields, LOG_FIELDS_BYTES_MAX);
+        redact(&mut target, &tokens);
         redact(&mut text, &tokens);
-        redact(&mut fields, &tokens);
+        redact_json(&mut fields, &tokens);
+        let fields = text::bounded_fields(fields, LOG_FIELDS_BYTES_MAX);
         let span = running.map_or_else(Span::none, |running| running.span.clone());
         let _entered = span.enter();
         let plugin = &*self.name;

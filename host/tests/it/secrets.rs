@@ -191,6 +191,19 @@ async fn token_in_lines_or_panics_is_removed() {
 }
 
 #[tokio::test]
+async fn token_in_targets_or_escaped_fields_is_removed() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::c("untidy", &[])]);
+    let node = node.plugins_file("[defaults]\ngrant = [\"token\"]\n").leasing().await;
+    test_server.run(&node, "/fixtures/c-tells/v1", json!({})).await.completed();
+    let line = node.says_text("the token in two places").await;
+    // The target is cut before.
+    assert!(line["plugin_target"].as_str().is_some_and(|target| target.starts_with("(token)…")), "{line}");
+    assert_eq!(line["escaped"], "(token)", "{line}");
+    node.stop().await;
+}
+
+#[tokio::test]
 async fn runner_gets_the_newest_token() {
     let test_server = TestServer::with(|config| {
         config.lease_ttl = std::time::Duration::from_secs(2);

@@ -41,37 +41,80 @@ const WITH_CALL: Bound = Bound { wanted: 2.0, quick: None };
 /// Time limit of a run or a message on a slow machine.
 const LIMIT: Duration = Duration::from_secs(10);
 
+/// Where the threads run. The system's own choice changes both times by a factor of three.
+#[derive(Clone, Copy)]
+enum Placement {
+    /// All on one core.
+    OneCore,
+    /// The thread that waits on the first core, the threads that answer it on the second.
+    TwoCores,
+}
+
+impl Placement {
+    fn waiting(self) -> anyhow::Result<()> {
+        bind(0)
+    }
+
+    fn answering(self) -> anyhow::Result<()> {
+        bind(match self {
+            Self::OneCore => 0,
+            Self::TwoCores => 1,
+        })
+    }
+}
+
+/// Binds this thread, and the threads that it starts from now on, to one core.
+#[cfg(target_os = "linux")]
+fn bind(core: usize) -> anyhow::Result<()> {
+    let mut cores = rustix::thread::CpuSet::new();
+    cores.set(core);
+    rustix::thread::sched_setaffinity(None, &cores).with_context(|| format!("cannot use core {core} alone"))
+}
+
+/// Other systems place the threads themselves.
+#[cfg(not(target_os = "linux"))]
+fn bind(_core: usize) -> anyhow::Result<()> {
+    Ok(())
+}
+
 pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyhow::Result<()> {
     eprintln!("runs in a plugin");
     let table = report.table(
-        "Start of a run in a plugin to its end, over a ping-pong of two threads, all on one core",
-        &["calls of the host", "ratio of times", "run, µs", "ping-pong, µs"],
+        "Start of a run in a plugin to its end, over a ping-pong of two threads",
+        &["threads", "calls of the host", "ratio of times", "run, µs", "ping-pong, µs"],
     );
-    for (calls, config, bound) in
-        [("none", "sleep_secs = 0.0", WITHOUT_CALL), ("one", "sleep_secs = 0.0, fetch_inputs = true", WITH_CALL)]
-    {
-        let (own, least) = thread::scope(|scope| scope.spawn(|| compare(built, sizes, calls, config)).join())
-            .map_err(|_| anyhow::anyhow!("the measurement panicked"))??;
-        let times = own.over(&least);
-        report.at_most(&format!("run in a plugin over a ping-pong, calls of the host: {calls}"), &times, bound);
-        report.row(
-            table,
-            vec![Cell::text(calls), Cell::series(&times, 2), Cell::series(&own, 1), Cell::series(&least, 1)],
-        );
+    let both = [(Placement::TwoCores, "on two cores"), (Placement::OneCore, "on one core")];
+    for (placement, place) in both {
+        for (calls, config, bound) in
+            [("none", "sleep_secs = 0.0", WITHOUT_CALL), ("one", "sleep_secs = 0.0, fetch_inputs = true", WITH_CALL)]
+        {
+            let label = format!("boundary-{}-{calls}", place.replace(' ', "-"));
+            let measured = || compare(built, sizes, &label, config, placement);
+            // A thread of its own, because it is bound to a core.
+            let (own, least) = thread::scope(|scope| scope.spawn(measured).join())
+                .map_err(|_| anyhow::anyhow!("the measurement panicked"))??;
+            let times = own.over(&least);
+            report.at_most(
+                &format!("run in a plugin over a ping-pong {place}, calls of the host: {calls}"),
+                &times,
+                bound,
+            );
+            let series = [(&times, 2), (&own, 1), (&least, 1)].map(|(series, digits)| Cell::series(series, digits));
+            report.row(table, [Cell::text(place), Cell::text(calls)].into_iter().chain(series).collect());
+        }
     }
     Ok(())
 }
 
-/// Times of runs and of ping-pongs. Called on a thread of its own, which it binds to one core: where the system places
-/// the threads changes both times by a factor of three. Threads that it starts inherit the core.
-fn compare(built: &Built, sizes: &Sizes, calls: &str, config: &str) -> anyhow::Result<(Series, Series)> {
-    #[cfg(target_os = "linux")]
-    {
-        let mut core = rustix::thread::CpuSet::new();
-        core.set(0);
-        rustix::thread::sched_setaffinity(None, &core).context("the threads cannot be bound to a core")?;
-    }
-    let (folder, listing) = built.noop(&format!("boundary-{calls}"), config)?;
+/// Times of runs and of ping-pongs.
+fn compare(
+    built: &Built,
+    sizes: &Sizes,
+    label: &str,
+    config: &str,
+    placement: Placement,
+) -> anyhow::Result<(Series, Series)> {
+    let (folder, listing) = built.noop(label, config)?;
     let config = plugins::Config {
         places: Places { folders: vec![folder], files: Vec::new() },
         file: PluginsFile::read(&listing)?,
@@ -80,14 +123,16 @@ fn compare(built: &Built, sizes: &Sizes, calls: &str, config: &str) -> anyhow::R
         init_limit: LIMIT,
         allow_writable: true,
     };
+    placement.answering()?;
     let plugins = Plugins::load(&config)?;
+    let words = Words::start()?;
+    placement.waiting()?;
     // As in a node: one thread for leases, other threads for data.
     let workers = Builder::new_multi_thread().enable_all().build()?;
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let (mut own, mut least) = <(Series, Series)>::default();
     runtime.block_on(async {
         let runs = Runs::new(&plugins, workers.handle().clone(), built.scratch())?;
-        let words = Words::start()?;
         for repetition in 0..=sizes.repetitions {
             let (run, word) = (timed(sizes.runs, || runs.one()).await?, timed(sizes.runs, || words.one()).await?);
             // The first repetition warms up.
