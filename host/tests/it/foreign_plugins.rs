@@ -57,6 +57,29 @@ async fn c_plugin_of_sixty_lines_runs_leased_tasks() {
 }
 
 #[tokio::test]
+async fn runner_ported_from_the_published_api_runs() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
+    let scans = [test_server.put("north", b"c\na\n").await, test_server.put("south", b"b\n").await];
+    // The second run finds the map of the first one and replaces it.
+    for revision in ["1", "2"] {
+        let task = test_server.task("/fixtures/ported/v1").inputs(&scans).meta(json!({ "map": "floor" }));
+        let ended = test_server.ended(&node, task.submit()).await;
+        let map = test_server.artifact(ended.completed(), "map.txt").await;
+        assert_eq!(String::from_utf8_lossy(&map), format!("{revision}\na\nb\nc\n"));
+        assert_eq!(test_server.artifact(&ended, "lines.txt").await, b"a\nb\nc\n");
+        assert_eq!(test_server.artifact(&ended, "done.txt").await, b"done");
+        let report = test_server.artifact(&ended, "report.json").await;
+        let report: serde_json::Value = serde_json::from_slice(&report).expect("JSON");
+        assert_eq!(report["revision"].to_string(), revision);
+    }
+    let ended = test_server.run(&node, "/fixtures/ported/v1", json!({ "map": "floor" })).await;
+    let (reason, details) = ended.failed();
+    assert_eq!((reason, &details["retryable"]), ("runner failed: a merge needs at least one scan", &json!(false)));
+    node.stop().await;
+}
+
+#[tokio::test]
 async fn one_file_serves_as_two_plugins() {
     let test_server = TestServer::start().await;
     let file = r#"
